@@ -365,7 +365,7 @@ class AsyncFlockClient:
         """Yield the open questions that this principal may answer, the newest run first.
 
         Args:
-            filters: ``role``, ``agent_name`` and ``session_id``.
+            filters: ``role``, ``agent_name``, ``principal`` and ``session_id``.
         """
         page = await self._ask("GET", "/questions", _QuestionPage, params=filters)
         while True:

@@ -13,19 +13,19 @@ import msgspec
 
 from flock.runs import Run, safe_text
 from flock.runs.text import for_terminal
-from flock.runs.traces import current
+from flock.runs.traces import current, principal_of
 
 #: What identifies the run of a log record.
 OF_RUN = ("run_id", "agent_name", "attempt", "batch_id", "request_id", "trace_id")
 #: Members of our own records. They are left out if they are None.
-OWN = (*OF_RUN, "status", "duration_ms")
+OWN = (*OF_RUN, "principal", "status", "duration_ms")
 #: The attributes of each record, which are not ``extra=``, and the copy of its message that uvicorn adds, with colours.
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 
 
 def fields_of_run(run: Run) -> dict[str, Any]:
     """Return the fields that identify the run of a log record. Pass them as ``extra=``; each becomes a JSON member."""
-    return {name: getattr(run, name) for name in OF_RUN}
+    return {name: getattr(run, name) for name in OF_RUN} | {"principal": principal_of(run)}
 
 
 class JSONFormatter(logging.Formatter):

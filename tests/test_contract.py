@@ -193,10 +193,10 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
 
 #: The fields of a run that each response leaves out.
 LEFT_OUT: dict[type[msgspec.Struct], str] = {
-    wire.FlockAPIResponse: "flock inputs principal is_async recoveries deaths timeout_s extra owner cancel_requested "
+    wire.FlockAPIResponse: "flock inputs is_async recoveries deaths timeout_s extra owner cancel_requested "
     "worked_s spent spent_by call_ids call_key journal dropped earlier_error retried_by caller client digest "
     "first_span files version_number",
-    wire.RunSummary: "flock traceparent principal is_async recoveries deaths timeout_s extra owner cancel_requested "
+    wire.RunSummary: "flock traceparent is_async recoveries deaths timeout_s extra owner cancel_requested "
     "worked_s spent spent_by batch_id position progress steps max_cost call_ids call_key journal dropped "
     "earlier_error retried_by caller client digest first_span files version_number",
     flockapi.BatchItem: "flock agent_name created_at request_id batch_id traceparent principal is_async attempt "

@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from flock.core import Flock
 from flock.errors import AgentError, DefinitionError
 from flock.logs import MAX_WAITING_BYTES, JSONFormatter, LineHandler
 from flock.runs import Batch, BatchOptions, Engine, Observer, Run, RunContext, RunStatus, new_id, now
+from flock.store import statements
 from flock.store.migrations import MIGRATIONS
 from flock.store.store import SQLiteStore
 from flock.testing import Failure, FakeModel, Reply
-from flock.web.metrics import Metrics
+from flock.web.metrics import OF_QUEUE, Metrics
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
 from tests.support.cluster import patient
@@ -465,8 +466,8 @@ async def test_the_host_reads_the_same_metrics(kind: str, flock: Flock, monkeypa
         seen = await metrics_of(client)
     assert found["flock_runs_total add completed"] == 2
     assert found["flock_run_duration_seconds_count add"] == 2
-    queue = {"flock_queued_runs", "flock_waiting_runs", "flock_oldest_queued_run_age_seconds"}
-    wanted = {name: value for name, value in seen.items() if "_created" not in name and name not in queue}
+    queue = {name for name, *_ in OF_QUEUE.values()}
+    wanted = {name: value for name, value in seen.items() if "_created" not in name and name.split()[0] not in queue}
     assert {name: value for name, value in found.items() if "_created" not in name} == wanted
 
 
@@ -492,6 +493,55 @@ async def test_metrics_report_queued_runs_and_open_event_streams(tmp_path: Path)
         with anyio.fail_after(PATIENCE_S):
             while (await metrics_of(client))["flock_event_streams"]:  # noqa: ASYNC110 - HTTP has no event here
                 await anyio.sleep(0.01)
+
+
+async def test_metrics_report_the_backlog_of_questions_webhooks_and_agents(tmp_path: Path) -> None:
+    """Two runs ask, an item asks, and the receiver of the webhooks is down."""
+    flock = asking_flock()
+
+    @flock.agent(max_concurrency=1)
+    async def nap() -> None:
+        await anyio.sleep(600)
+
+    flock.webhook_url = "http://127.0.0.1:9/"  # no server listens there
+    secrets = ["whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]
+    app = create_app(flock, store=tmp_path / "flock.db", auth="anybody", webhook_secrets=secrets)
+    async with app.lifespan(), client_of(app) as client:
+        before = await metrics_of(client)
+        for _ in range(2):
+            await client.post("/run/flock", json={"agent_name": "ask"})
+        batch = (await client.post("/run/batch", json={"agent_name": "ask", "batch_inputs": [{}]})).json()
+        await wait_until(client, f"/batch/{batch['batch_id']}", lambda got: got["waiting_items"] == 1)
+        for _ in range(3):
+            await client.post("/run/flock", json={"agent_name": "nap", "async_run": True})
+        await wait_until(client, "/runs?status=running", lambda body: len(body["runs"]) == 1)
+        seen = await metrics_of(client)
+    of_agent = "flock_queued_runs_of_agent"
+    names = ["flock_open_questions", "flock_pending_webhooks", f"{of_agent} nap", f"{of_agent} ask"]
+    ages = [f"flock_oldest_{of}_age_seconds" for of in ("open_question", "pending_webhook")]
+    assert [before[name] for name in (*names, *ages)] == [0] * 6
+    assert [seen[name] for name in names] == [3, 2, 2, 0]
+    assert all(0 < seen[age] < 300 for age in ages), [seen[age] for age in ages]
+
+
+async def test_a_backlog_is_counted_from_indexes_and_only_up_to_100_000(tmp_path: Path) -> None:
+    """So a scrape of a large store does not hold the event loop."""
+    async with SQLiteStore(tmp_path / "flock.db") as store:
+        query, values = statements.BACKLOG, {"flock": "f"}
+        plan = store.read(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())
+        lines = [row[3] for row in plan]
+        assert not any("B-TREE" in line or line.startswith("SCAN questions") for line in lines), lines
+        assert sum("USING COVERING INDEX" in line for line in lines) == 2, lines
+        assert (query.count(f"LIMIT {statements.MAX_COUNT}"), statements.MAX_COUNT) == (2, 100_000)
+        assert f"LIMIT {statements.MAX_COUNT}" in statements.COUNT_ASKING
+        few = query.replace(str(statements.MAX_COUNT), "2")
+
+        def fill(db: sqlite3.Connection) -> None:
+            webhook = "INSERT INTO webhooks (flock, type, record_id, agent_name, attempt, created_at, next_try_at)"
+            db.executemany(f"{webhook} VALUES ('f', 'run.completed', ?, 'a', 1, ?, 0)", [("r", at) for at in (7, 8, 9)])
+
+        await store.change(fill)
+        assert store.read(lambda db: db.execute(few, values).fetchone()) == (0, None, 2, 7)
 
 
 async def test_a_run_interrupted_by_a_crash_is_counted_by_the_next_server(flock: Flock, tmp_path: Path) -> None:
@@ -769,3 +819,77 @@ def test_every_worker_reports_the_sum_of_all(tmp_path: Path) -> None:
         server.wait_for_line("Application startup complete", times=4)
         page = values_in(httpx.get(f"{server.url}/metrics").text)
         assert (page["flock_runs_total double completed"], page["flock_event_streams"]) == (40, 0)
+
+
+# Owners and what people do
+
+
+KEYS = {"ops:admin": "fk_ops_0123456789abcdef", "ann": "fk_ann_0123456789abcdef", "bob": "fk_bob_0123456789abcdef"}
+
+
+def as_(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {KEYS[name]}"}
+
+
+@contextlib.asynccontextmanager
+async def owned(tmp_path: Path, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve ``asking_flock`` with ``KEYS``."""
+    app = create_app(asking_flock(), store=tmp_path / "flock.db", api_keys=KEYS, **options)
+    async with app.lifespan(), client_of(app) as client:
+        yield client
+
+
+async def ask_as(client: httpx.AsyncClient, name: str) -> dict[str, Any]:
+    """Start a run that asks, and return it when it waits."""
+    body = {"agent_name": "ask", "inputs": {}}
+    waiting: dict[str, Any] = (await client.post("/run/flock", json=body, headers=as_(name))).json()
+    assert waiting["status"] == "waiting"
+    return waiting
+
+
+async def test_an_admin_sees_and_filters_by_the_owner_of_runs_batches_and_questions(tmp_path: Path) -> None:
+    async with owned(tmp_path) as client:
+        runs = {name: await ask_as(client, name) for name in ("ann", "bob")}
+        for name in ("ann", "bob"):
+            body = {"agent_name": "ask", "batch_inputs": [{}]}
+            await client.post("/run/batch", json=body, headers=as_(name))
+
+        async def listed(path: str, name: str, member: str) -> list[Any]:
+            response = await client.get(path, headers=as_(name))
+            assert response.status_code == 200, response.text
+            return [each[member] for each in next(iter(response.json().values()))]
+
+        for path in ("/runs", "/batches"):
+            assert await listed(path, "ops:admin", "principal") == ["bob", "ann"]
+            assert await listed(f"{path}?principal=ann", "ops:admin", "principal") == ["ann"]
+            assert await listed(f"{path}?principal=carl", "ops:admin", "principal") == []
+            assert await listed(f"{path}?agent_name=ask&principal=ann", "ann", "principal") == ["ann"]
+            refused = await client.get(f"{path}?principal=bob", headers=as_("ann"))
+            assert (refused.status_code, "'ann' is not an admin" in refused.text) == (403, True)
+        assert set(await listed("/questions?principal=ann", "ops:admin", "requested_by")) == {"ann"}
+        assert await listed("/questions?principal=bob", "ann", "requested_by") == []
+        for reader in ("ops:admin", "ann"):
+            found = (await client.get(f"/run/{runs['ann']['run_id']}", headers=as_(reader))).json()
+            assert found["principal"] == "ann"
+
+
+async def test_a_run_of_an_open_server_has_no_principal(client: httpx.AsyncClient, model: FakeModel) -> None:
+    model.replies = [Reply({"sentiment": "good", "keywords": []})]
+    run = (await client.post("/run/flock", json={"agent_name": "text_analyzer", "inputs": {"text": "hi"}})).json()
+    assert "principal" not in run
+    assert (await client.get("/runs?principal=ann")).json()["runs"] == []
+
+
+@pytest.mark.parametrize("is_hidden", [False, True])
+async def test_the_line_of_a_run_has_its_principal_unless_the_operator_leaves_it_out(
+    is_hidden: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "flock")
+    if is_hidden:
+        monkeypatch.setenv("FLOCK_TELEMETRY_PRINCIPAL", "false")
+    async with owned(tmp_path) as client:
+        run = await ask_as(client, "ann")
+        await client.post(f"/run/{run['run_id']}/cancel", headers=as_("ann"))
+    lines = [json.loads(JSONFormatter().format(record)) for record in caplog.records]
+    (ended,) = [line for line in lines if line.get("status") == "cancelled"]
+    assert ended.get("principal") == (None if is_hidden else "ann")

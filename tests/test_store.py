@@ -42,7 +42,7 @@ from flock.store import queries, statements
 from flock.store.batchstate import create_state
 from flock.store.columns import BATCH_TABLE, RUN_TABLE, STEP_TABLE, Column
 from flock.store.migrations import MIGRATIONS
-from flock.store.statements import RUN_COLUMNS, merged
+from flock.store.statements import RUN_COLUMNS, batch_page, merged, run_page
 from flock.store.store import SQLiteStore
 from flock.web.wire import RunSummary
 from tests.support import PATIENCE_S, ROOT
@@ -430,6 +430,22 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
     assert plan.count("SEARCH runs USING INDEX") == len(statuses)
     for condition in re.findall(r"(\w+) = :", conditions):
         assert plan.count(f"{condition}=?") == len(statuses), "each condition uses the index"
+
+
+@pytest.mark.parametrize("names", [("flock",), ("flock", "agent_name"), ("flock", "session_id")], ids=" ".join)
+async def test_a_list_reads_the_principal_of_a_run_from_its_index(names: tuple[str, ...], store: SQLiteStore) -> None:
+    """It is stored after the result, and reading it there takes as long as reading the result."""
+    query = run_page("principal", [RunStatus.COMPLETED], names)
+    values = dict.fromkeys(names, "x") | {"limit": 10}
+    program = store.read(lambda db: db.execute(f"EXPLAIN {query}", values).fetchall())
+    opened = [row[2] for row in program if row[1] == "OpenRead"]  # the table, and then the index
+    assert [row[2] for row in program if row[1] == "Column"] == opened[1:]
+
+
+async def test_the_batches_of_a_principal_are_read_from_an_index_in_order(store: SQLiteStore) -> None:
+    query, values = batch_page(["flock", "principal"]), {"flock": "f", "principal": "p", "limit": 10}
+    plan = [row[3] for row in store.read(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())]
+    assert plan == ["SEARCH batches USING INDEX batches_by_principal (flock=? AND principal=?)"]
 
 
 @pytest.mark.parametrize(

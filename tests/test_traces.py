@@ -203,6 +203,20 @@ async def test_spans_have_tokens_and_costs_and_no_content(spans: Spans) -> None:
     assert not any(word in text for word in ("It costs", "Buy", "A7", "40.0"))
 
 
+@pytest.mark.parametrize("is_hidden", [False, True])
+async def test_the_span_of_a_run_has_its_principal_unless_the_operator_leaves_it_out(
+    is_hidden: bool, spans: Spans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_hidden:
+        monkeypatch.setenv("FLOCK_TELEMETRY_PRINCIPAL", "false")
+    flock = Flock()
+    flock.agent(lambda: 1, name="one")
+    async with served(flock, api_keys={"ann": "fk_ann_0123456789abcdef"}) as client:
+        headers = {"X-API-Key": "fk_ann_0123456789abcdef"}
+        await client.post("/run/flock", json={"agent_name": "one", "inputs": {}}, headers=headers)
+    assert dict(spans["run one"].attributes or {}).get("enduser.id") == (None if is_hidden else "ann")
+
+
 async def test_cached_and_reasoning_tokens_and_the_session_are_in_spans(spans: Spans) -> None:
     usage = Usage(input_tokens=7, output_tokens=3, cached_tokens=2, reasoning_tokens=1)
     with FakeModel([Reply({"advice": "Buy."}, usage=usage)]):

@@ -292,7 +292,7 @@ class EmbeddedEngine(EngineBase):
 
     async def check_ready(self) -> None:
         self._check_running()
-        await self.store.queue(self._flock)  # raises if the store cannot be read
+        await self.store.last_id()  # raises if the store cannot be read
 
     def observe(self, observer: Observer) -> None:
         self._observers.append(observer)

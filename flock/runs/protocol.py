@@ -45,11 +45,18 @@ class Queue(msgspec.Struct, frozen=True):
     """The number of runs that wait for their first step, and when the oldest one that never started was accepted.
 
     ``asking`` is the number of runs that wait for answers of people or clients. They do not count for any limit.
+    ``by_agent`` has the queued runs of each agent. ``questions`` are the open ones, and ``webhooks`` those that wait to
+    be sent. Counting stops at 100,000. What an engine does not know is None.
     """
 
     depth: int
     oldest_at: datetime | None
     asking: int = 0
+    by_agent: Mapping[str, int] | None = None
+    questions: int | None = None
+    oldest_question_at: datetime | None = None
+    webhooks: int | None = None
+    oldest_webhook_at: datetime | None = None
 
 
 class QueueLimits(msgspec.Struct, frozen=True):

@@ -866,7 +866,7 @@ class QuestionFilter(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         by: the principal who may answer them; None is the program itself.
         role: the one that they name.
-        agent_name, session_id: of their runs.
+        agent_name, principal, session_id: of their runs.
         after: the id of the last run of the previous page.
         limit: max questions per page. Those of one run are on one page.
     """
@@ -874,6 +874,7 @@ class QuestionFilter(msgspec.Struct, frozen=True, kw_only=True):
     by: "Principal | None" = None
     role: str | None = None
     agent_name: str | None = None
+    principal: str | None = None
     session_id: str | None = None
     after: str | None = None
     limit: int = 100

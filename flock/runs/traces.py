@@ -27,6 +27,8 @@ logger = logging.getLogger("flock.runs")
 #: The variable that asks for content in spans, and its values.
 CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 WITH_CONTENT = ("true", "span_only", "span_and_event")
+#: The variable that leaves principals out of spans and of the log, if it is "false".
+PRINCIPAL_VARIABLE = "FLOCK_TELEMETRY_PRINCIPAL"
 #: The first rows of a batch have spans, and after them each row whose position is a multiple of the second number.
 SPANNED_ROWS, SPANNED_STRIDE = 100, 1000
 #: The names of counts of tokens, below ``gen_ai.usage``.
@@ -195,6 +197,11 @@ def of_request(method: str, path: str, traceparent: Callable[[], str | None]) ->
     return _start(method, attributes, "SERVER", context=_safely(lambda: _below(traceparent())))
 
 
+def principal_of(run: Run) -> str | None:
+    """Return the principal of a run, unless the operator leaves it out."""
+    return None if os.environ.get(PRINCIPAL_VARIABLE, "").lower() == "false" else run.principal
+
+
 def of_run(run: Run) -> Span:
     """Start the span of a run, from where it is admitted in this process until it ends or waits.
 
@@ -204,6 +211,7 @@ def of_run(run: Run) -> Span:
         return OFF
     attributes: dict[str, Any] = {"gen_ai.agent.name": run.agent_name, "gen_ai.conversation.id": run.session_id}
     attributes |= {"flock.run.id": run.run_id, "flock.batch.id": run.batch_id, "flock.run.attempt": run.attempt}
+    attributes["enduser.id"] = principal_of(run)
     parent, row = run.traceparent or run.first_span, run.position or 0
     if row >= SPANNED_ROWS and row % SPANNED_STRIDE:  # spans below a parent that is not sampled are not recorded
         trace_id = run.run_id.replace("-", "")

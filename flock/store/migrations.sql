@@ -378,3 +378,16 @@ END;
 UPDATE batches SET versions =
     (SELECT CAST(json_group_array(json_extract(value, '$.version')) AS BLOB) FROM json_each(CAST(versions AS TEXT)))
     WHERE json_valid(CAST(versions AS TEXT));
+
+---- Lists show the principal of each run, which is stored after its result, so the indexes have it too.
+DROP INDEX IF EXISTS runs_by_status;
+DROP INDEX IF EXISTS runs_by_both;
+DROP INDEX IF EXISTS runs_by_session;
+CREATE INDEX runs_by_status ON runs (flock, status, run_id, principal) WHERE batch_id IS NULL;
+CREATE INDEX runs_by_both ON runs (flock, agent_name, status, run_id, principal) WHERE batch_id IS NULL;
+CREATE INDEX runs_by_session ON runs (flock, session_id, status, run_id, principal)
+    WHERE batch_id IS NULL AND session_id IS NOT NULL;
+CREATE INDEX batches_by_principal ON batches (flock, principal, batch_id) WHERE hidden IS NULL;
+
+---- The open questions in the order in which they were asked.
+CREATE INDEX questions_by_age ON questions (flock, change) WHERE is_open = 1;

@@ -46,7 +46,7 @@ ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 def list_columns(with_inputs: bool, with_results: bool) -> str:
     """Return the columns of a run in a list."""
     long = {"inputs": with_inputs, "session_id": with_inputs, "result": with_results}  # it is stored after the inputs
-    read = {*HEAD, "progress", "error", *(name for name, is_read in long.items() if is_read)}
+    read = {*HEAD, "progress", "error", "principal", *(name for name, is_read in long.items() if is_read)}
     return _columns_of_run(read, waiting_for="CASE status WHEN 'waiting' THEN waiting_for END")
 
 
@@ -203,11 +203,20 @@ ENDED = """SELECT value FROM json_each(?) WHERE NOT EXISTS
 #: Limited to the agents of this program: runs of agents that no program has wait too, but not for a slot.
 QUEUED = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
-QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 AND started_at IS NULL THEN created_at END) {QUEUED}"
+QUEUE = f"""SELECT agent_name, count(*), min(CASE WHEN attempt = 1 AND started_at IS NULL THEN created_at END) {QUEUED}
+    GROUP BY agent_name"""
 COUNT_QUEUED = f"SELECT count(*) {QUEUED}"
-#: The runs that ask. It reads only the index: milliseconds for 100,000 of them.
-COUNT_ASKING = """SELECT count(*) FROM runs INDEXED BY runs_asking WHERE batch_id IS NULL AND flock = ?
-    AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'waiting' AND is_asleep = 0"""
+#: Reading an index for a count takes milliseconds for as many.
+MAX_COUNT = 100_000
+COUNT_ASKING = f"""SELECT count(*) FROM (SELECT 1 FROM runs INDEXED BY runs_asking WHERE batch_id IS NULL AND flock = ?
+    AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'waiting' AND is_asleep = 0 LIMIT {MAX_COUNT})"""
+_OPEN = "FROM questions INDEXED BY questions_by_age WHERE flock = :flock AND is_open = 1"
+_PENDING = "FROM webhooks INDEXED BY webhooks_by_status WHERE flock = :flock AND status = 'pending'"
+#: The open questions and the webhooks that wait: how many, and since when the oldest one.
+BACKLOG = f"""SELECT (SELECT count(*) FROM (SELECT 1 {_OPEN} LIMIT {MAX_COUNT})),
+    (SELECT json_extract(question, '$.asked_at') {_OPEN} ORDER BY change LIMIT 1),
+    (SELECT count(*) FROM (SELECT 1 {_PENDING} LIMIT {MAX_COUNT})),
+    (SELECT created_at {_PENDING} ORDER BY number LIMIT 1)"""
 COUNT_QUEUED_OF_PRINCIPAL = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent
     WHERE batch_id IS NULL AND flock = ? AND principal = ? AND agent_name IN (SELECT value FROM json_each(?))
     AND status = 'starting'"""
@@ -436,7 +445,7 @@ CLOSE_QUESTIONS = "UPDATE questions SET is_open = 0 WHERE run_id = ? AND is_open
 CLOSE_QUESTIONS_OF_ITEMS = f"UPDATE questions SET is_open = 0 WHERE is_open = 1 AND run_id IN ({ITEMS_BY_STATUS})"
 NEWEST_CHANGE = "SELECT newest FROM question_changes"
 #: The conditions of a list of questions, by parameter name.
-QUESTION_CONDITIONS = {"agent_name": "agent_name = :agent_name", "session_id": "session_id = :session_id"}
+QUESTION_CONDITIONS = {name: f"{name} = :{name}" for name in ("agent_name", "principal", "session_id")}
 
 
 #: Of more roles, the questions are sorted. SQLite merges at most 500 queries, and each costs time.

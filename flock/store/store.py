@@ -208,9 +208,21 @@ class SQLiteStore(Database, Store):
 
     async def queue(self, flock: str) -> Queue:
         values = (flock, names_json(self.agents))
-        depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
+        queued = self.read(lambda db: db.execute(statements.QUEUE, values).fetchall())
         (asking,) = self.read(lambda db: db.execute(statements.COUNT_ASKING, values).fetchone())
-        return Queue(depth, time_from(oldest), asking)
+        await anyio.lowlevel.checkpoint()  # each part takes milliseconds
+        found = self.read(lambda db: db.execute(statements.BACKLOG, {"flock": flock}).fetchone())
+        questions, asked_at, webhooks, oldest_webhook = found
+        return Queue(
+            sum(count for _, count, _ in queued),
+            time_from(min((at for *_, at in queued if at is not None), default=None)),
+            asking,
+            by_agent={name: count for name, count, _ in queued},
+            questions=questions,
+            oldest_question_at=None if asked_at is None else datetime.fromisoformat(asked_at),
+            webhooks=webhooks,
+            oldest_webhook_at=time_from(oldest_webhook),
+        )
 
     async def last_id(self) -> str | None:
         row = self._first(statements.NEWEST_ID)

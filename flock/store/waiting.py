@@ -150,6 +150,7 @@ def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter, s
     if by is not None:
         roles = [role for role in by.roles if wanted.role in (None, role)]
         owner = owner if owner is None or by.admin else "owner"
+    owner = "principal" if owner == "" and wanted.principal is not None else owner  # it has an index
     own = {name: getattr(wanted, name) for name in statements.QUESTION_CONDITIONS}
     named = {f"role{number}": role for number, role in enumerate(roles or ())}
     values = own | named | {"roles": json_or_null(roles), "flock": flock, "after": wanted.after or "~"}

@@ -673,7 +673,7 @@ class TemporalEngine(TemporalBatches):
         filter_ = AskingRuns(
             agent_name=wanted.agent_name,
             session_id=wanted.session_id,
-            principal=by.name if by is not None and is_own else None,
+            principal=by.name if by is not None and is_own else wanted.principal,
             after=wanted.after,
         )
         query, read = asking_workflows(self._flock), partial(self._asked_in, wanted)
@@ -682,6 +682,7 @@ class TemporalEngine(TemporalBatches):
                 for asked, begun_by in asked_questions:
                     is_wanted = wanted.role in (None, asked.question.answerer) and not asked.question.is_for_client
                     is_wanted &= wanted.after is None or asked.run_id < wanted.after
+                    is_wanted &= wanted.principal in (None, asked.principal)
                     if not is_wanted or not can_answer(asked.question, asked.principal, begun_by, by):
                         continue
                     if not page.add(asked, wanted.limit):

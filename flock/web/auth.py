@@ -53,7 +53,7 @@ from flock.runs import (
     bad_role,
 )
 
-Filter = TypeVar("Filter", RunFilter, BatchFilter)
+Filter = TypeVar("Filter", RunFilter, BatchFilter, UsageFilter)
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 #: The unit that a limit counts for: ("principal", its name), or ("address" or "network", that of an anonymous client).
@@ -463,9 +463,7 @@ class ScopedEngine:
         return await self._engine.get_account(self._own_principal(principal) or principal)
 
     async def get_usage(self, wanted: UsageFilter) -> UsagePage:
-        if not self._principal.admin and wanted.principal not in (None, self._principal.name):
-            raise Forbidden(f"{self._principal.name!r} is not an admin, and can only see its own usage.")
-        return await self._engine.get_usage(replace(wanted, principal=self._own_principal(wanted.principal)))
+        return await self._engine.get_usage(self._own_only(wanted))
 
     # Batches
 
@@ -506,7 +504,12 @@ class ScopedEngine:
         return _events_if(functools.partial(self.get_batch, batch_id), self._engine.batch_events(batch_id, after))
 
     def _own_only(self, filter_: Filter) -> Filter:
-        return filter_ if self._principal.admin else replace(filter_, principal=self._principal.name)
+        """Return *filter_* for what the principal may see. Raises Forbidden if it names another principal."""
+        if not self._principal.admin and filter_.principal not in (None, self._principal.name):
+            raise Forbidden(
+                f"{self._principal.name!r} is not an admin, and can only see its own runs, batches and usage."
+            )
+        return replace(filter_, principal=self._own_principal(filter_.principal))
 
     def _own_principal(self, asked: str | None) -> str | None:
         return asked if self._principal.admin else self._principal.name

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -29,8 +29,31 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 30
 METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 
 
-#: Gauges that only ``page`` sets.
-OF_QUEUE = ("flock_queued_runs", "flock_waiting_runs", "flock_oldest_queued_run_age_seconds")
+_ALL = "in all processes on the store"
+#: The gauges that only ``page`` sets: name, description and labels, by field of ``Queue``. A time is shown as an age.
+OF_QUEUE: Mapping[str, tuple[Any, ...]] = {
+    "depth": ("flock_queued_runs", f"Runs that wait for their first step, {_ALL}, without items of batches."),
+    "by_agent": (
+        "flock_queued_runs_of_agent",
+        f"Runs of an agent that wait for their first step, {_ALL}, without items of batches.",
+        ["agent_name"],
+    ),
+    "asking": ("flock_waiting_runs", f"Runs that wait for answers of people, {_ALL}, without items of batches."),
+    "oldest_at": (
+        "flock_oldest_queued_run_age_seconds",
+        "How long the oldest queued run has waited, or 0 if no run is queued.",
+    ),
+    "questions": ("flock_open_questions", f"Questions that wait for answers, {_ALL}."),
+    "oldest_question_at": (
+        "flock_oldest_open_question_age_seconds",
+        "How long the oldest open question has waited, or 0 if none is open.",
+    ),
+    "webhooks": ("flock_pending_webhooks", f"Webhooks that wait to be sent, {_ALL}."),
+    "oldest_webhook_at": (
+        "flock_oldest_pending_webhook_age_seconds",
+        "How long the oldest pending webhook has waited, or 0 if none is pending.",
+    ),
+}
 #: The suffixes of the names of a metric's samples. OpenTelemetry has no observable histogram, so it gets counters.
 ENDS = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
 
@@ -69,18 +92,7 @@ class _Families:
         self.webhooks = counter(
             "flock_webhooks", "Tries to send webhooks, by outcome: sent, failed, given_up.", ["status"]
         )
-        self.queued = gauge(
-            "flock_queued_runs",
-            "Runs that wait for their first step, in all processes on the store, without items of batches.",
-        )
-        self.asking = gauge(
-            "flock_waiting_runs",
-            "Runs that wait for answers of people, in all processes on the store, without items of batches.",
-        )
-        self.oldest_s = gauge(
-            "flock_oldest_queued_run_age_seconds",
-            "How long the oldest queued run has waited, or 0 if no run is queued.",
-        )
+        self.of_queue = {field: gauge(*described) for field, described in OF_QUEUE.items()}
         for of in ("run", "model_call"):
             self.retries.labels(of)  # starts at 0, so that Prometheus sees the first retry as an increase
 
@@ -149,10 +161,15 @@ class Metrics(Observer, Collector):
 
     def page(self, queue: Queue | None) -> bytes:
         """Return all metrics in the text format of Prometheus. *queue* is None if its length is unknown."""
-        self._families.queued.set(math.nan if queue is None else queue.depth)
-        self._families.asking.set(math.nan if queue is None else queue.asking)
-        oldest_at = now() if queue is None else queue.oldest_at
-        self._families.oldest_s.set(0 if oldest_at is None else _seconds(oldest_at, now()))
+        for field, gauge in self._families.of_queue.items():
+            value = getattr(queue, field, None)
+            if field == "by_agent":
+                for name in self._agents:
+                    gauge.labels(name).set(math.nan if value is None else value.get(name, 0))
+            elif field.endswith("_at"):
+                gauge.set(0 if value is None else _seconds(value, now()))
+            else:
+                gauge.set(math.nan if value is None else value)
         registry = self._families.registry
         if FOLDER in os.environ:
             MultiProcessCollector(registry := CollectorRegistry())  # type: ignore[no-untyped-call]
@@ -160,7 +177,8 @@ class Metrics(Observer, Collector):
 
     def collect(self) -> Iterable[Any]:
         """Return the metrics of this process, without those of the queue, for a registry of the host."""
-        return [family for family in self._families.registry.collect() if family.name not in OF_QUEUE]
+        of_queue = {name for name, *_ in OF_QUEUE.values()}
+        return [family for family in self._families.registry.collect() if family.name not in of_queue]
 
     def observe_with(self, api: Any) -> None:
         """Have the meter provider of OpenTelemetry read the same figures. *api* is ``opentelemetry.metrics``."""

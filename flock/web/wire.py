@@ -244,6 +244,7 @@ class BatchesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     status: RunStatus | msgspec.UnsetType = msgspec.UNSET
     agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    principal: str | msgspec.UnsetType = msgspec.UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
     after: UUID | msgspec.UnsetType = msgspec.UNSET
 
@@ -253,6 +254,7 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     status: RunStatus | msgspec.UnsetType = msgspec.UNSET
     agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    principal: str | msgspec.UnsetType = msgspec.UNSET
     session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
     created_after: Time | msgspec.UnsetType = msgspec.UNSET
     created_before: Time | msgspec.UnsetType = msgspec.UNSET
@@ -315,6 +317,7 @@ class QuestionEventsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
     role: str | msgspec.UnsetType = msgspec.UNSET
     agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    principal: str | msgspec.UnsetType = msgspec.UNSET
     session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -509,6 +512,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     batch_id: str | msgspec.UnsetType = msgspec.UNSET
     position: int | msgspec.UnsetType = msgspec.UNSET
     session_id: str | msgspec.UnsetType = msgspec.UNSET
+    principal: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -527,6 +531,7 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: Time | None
     request_id: str | None
     attempt: int
+    principal: str | msgspec.UnsetType = msgspec.UNSET
     session_id: str | msgspec.UnsetType = msgspec.UNSET
     inputs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     result: msgspec.Raw | msgspec.UnsetType | None = msgspec.UNSET
@@ -560,6 +565,7 @@ class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: Time | None
     request_id: str | None
     attempt: int
+    principal: str | msgspec.UnsetType = msgspec.UNSET
     error_type: str | msgspec.UnsetType = msgspec.UNSET
     usage: Usage | msgspec.UnsetType = msgspec.UNSET
     cost: float | msgspec.UnsetType = msgspec.UNSET
