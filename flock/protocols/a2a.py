@@ -271,7 +271,8 @@ async def _order(call: Call, said: Said, texts: list[str], data: Mapping[str, An
     if (talk := conversation_of(agent.input)) in data:
         raise InvalidData.of(f"The server has {talk!r} of the context. Send what the user says as a text.", at)
     if not text and not sent:
-        return orders.Order(agent_name=agent.name, session_id=session_id, inputs=_raw(data), is_async=True, key=key)
+        inputs = msgspec.Raw(msgspec.json.encode(data))  # as a whole, since it may have 70,000 members
+        return orders.Order(agent_name=agent.name, session_id=session_id, inputs=inputs, is_async=True, key=key)
     newest = await orders.newest_run(call.request, session_id)
     words = frontends.Said(text, f"{at}/parts", _raw(data), files=sent)
     try:
