@@ -4,28 +4,70 @@ import asyncio
 import contextlib
 import io
 import logging
+import logging.handlers
 import os
 import select
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
 import msgspec
 
-from flock.runs import Run, safe_text
+from flock.errors import DefinitionError
+from flock.runs import Batch, Run, safe_text
 from flock.runs.text import for_terminal
 from flock.runs.traces import current, principal_of
 
 #: What identifies the run of a log record.
 OF_RUN = ("run_id", "agent_name", "attempt", "batch_id", "request_id", "trace_id")
 #: Members of our own records. They are left out if they are None.
-OWN = (*OF_RUN, "principal", "status", "duration_ms")
+OWN = (*OF_RUN, "principal", "status", "duration_ms", "requested_by", "request_trace_id")
+#: Has the events of ``audit``.
+auditor = logging.getLogger("flock.audit")
+#: Returns the ``principal``, the ``request_id`` and the ``request_trace_id`` of the request that this task serves.
+REQUEST: ContextVar[Callable[[], Mapping[str, Any]]] = ContextVar("flock_request", default=dict)
 #: The attributes of each record, which are not ``extra=``, and the copy of its message that uvicorn adds, with colours.
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 
 
-def fields_of_run(run: Run) -> dict[str, Any]:
+def fields_of_run(run: Run | Batch) -> dict[str, Any]:
     """Return the fields that identify the run of a log record. Pass them as ``extra=``; each becomes a JSON member."""
-    return {name: getattr(run, name) for name in OF_RUN} | {"principal": principal_of(run)}
+    return {name: getattr(run, name, None) for name in OF_RUN} | {"principal": principal_of(run)}
+
+
+def audit(event: str, words: str, about: Mapping[str, Any], by: str | None = None) -> None:
+    """Log what a client has done, as an event with the principal, the id and the trace of its request.
+
+    Args:
+        words: what it has done, after "has".
+        about: more members. Those of ``fields_of_run`` name the run or the batch, whose owner is ``requested_by``.
+        by: the name of the principal; None is that of the request.
+    """
+    request = REQUEST.get()()
+    by = by or request.get("principal")
+    own = {"requested_by": about.get("principal"), "request_id": None, **request, "principal": by, "event": event}
+    id_ = about.get("run_id") or about.get("batch_id")
+    record = f"{'run' if about.get('run_id') else 'batch'} {id_}: " if id_ else ""
+    auditor.info("%s%s has %s", record, "somebody" if by is None else repr(by), words, extra={**about, **own})
+
+
+class AuditFile(logging.handlers.WatchedFileHandler):
+    """Appends lines to a file that only its owner can read. If the file was moved, it is created again.
+
+    Raises: DefinitionError if it cannot be written.
+    """
+
+    def __init__(self, filename: str) -> None:
+        try:
+            super().__init__(filename, encoding="utf-8")
+        except OSError as exc:
+            reason = f"The file {filename!r} for --audit cannot be written: {exc.strerror}."
+            raise DefinitionError(f"{reason} Name another one, or change its permissions.") from exc
+
+    def _open(self) -> Any:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
 
 class JSONFormatter(logging.Formatter):

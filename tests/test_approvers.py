@@ -530,7 +530,7 @@ async def test_edits_are_refused_where_a_role_is_named_unless_they_are_allowed(
         assert [error["pointer"] for error in problem["errors"]] == ["/output/arguments"]
         assert (await at.answer("bob", run, YES)).status_code == 200
         assert (await at.done(run))["status"] == "completed"
-    caplog.set_level("INFO", "flock.runs")
+    caplog.set_level("INFO", "flock")
     async with open_shop(shop(till, approver="refunds", may_edit=True)) as at:
         run = await at.ask()
         wrong = {"approved": True, "arguments": {"amount": "8000"}}

@@ -893,3 +893,110 @@ async def test_the_line_of_a_run_has_its_principal_unless_the_operator_leaves_it
     lines = [json.loads(JSONFormatter().format(record)) for record in caplog.records]
     (ended,) = [line for line in lines if line.get("status") == "cancelled"]
     assert ended.get("principal") == (None if is_hidden else "ann")
+
+
+def events_in(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [json.loads(JSONFormatter().format(record)) for record in caplog.records if record.name == "flock.audit"]
+
+
+async def test_what_people_do_to_runs_is_an_event_with_its_principal_and_both_traces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "flock")
+    async with owned(tmp_path) as client:
+        start = {**as_("ann"), "traceparent": TRACEPARENT}
+        run = (await client.post("/run/flock", json={"agent_name": "ask"}, headers=start)).json()
+        call_id, path = run["waiting_for"][0]["call_id"], f"/run/{run['run_id']}"
+        of_request = {**as_("ops:admin"), "traceparent": f"00-{'b' * 32}-{'c' * 16}-01", "X-Request-ID": "r-1"}
+        for method, sent_to, body in (
+            ("POST", f"{path}/calls/{call_id}?wait=60", {"output": False}),
+            ("POST", f"{path}/retry", {}),
+            ("POST", f"{path}/cancel?wait=60", None),
+            ("DELETE", path, None),
+        ):
+            response = await client.request(method, sent_to, json=body, headers=of_request)
+            assert response.is_success, response.text
+    events = events_in(caplog)
+    names = ["question.answered", "run.retried", "run.cancel_requested", "run.deleted"]
+    assert [event["event"] for event in events] == names
+    for event in events:
+        assert (event["run_id"], event["principal"], event["requested_by"]) == (run["run_id"], "ops", "ann")
+        assert (event["trace_id"], event["request_trace_id"]) == (TRACEPARENT[3:35], "b" * 32)
+        assert event["request_id"] == "r-1"
+    assert [event.get("call_id") for event in events] == [call_id, None, None, None]
+    assert [event["message"].partition(": ")[2] for event in events[1:]] == [
+        "'ops' has retried it",
+        "'ops' has requested its cancellation",
+        "'ops' has deleted it",
+    ]
+
+
+async def test_what_people_do_to_batches_and_changed_budgets_are_events(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "flock")
+    keys = {f"{name}:max_cost_per_day:5" if name == "ann" else name: key for name, key in KEYS.items()}
+    app = create_app(asking_flock(), store=tmp_path / "flock.db", api_keys=keys)
+    async with app.lifespan(), client_of(app) as client:
+        body = {"agent_name": "ask", "batch_inputs": [{}]}
+        batch = (await client.post("/run/batch", json=body, headers=as_("ann"))).json()
+        path = f"/batch/{batch['batch_id']}"
+        for method, sent_to in (("POST", f"{path}/cancel"), ("POST", f"{path}/retry"), ("POST", f"{path}/cancel")):
+            assert (await client.request(method, f"{sent_to}?wait=60", headers=as_("ann"))).is_success
+        assert (await client.delete(path, headers=as_("ann"))).is_success
+    budget, *events = events_in(caplog)
+    assert (budget["event"], budget["principal"], budget["max_cost_per_day"]) == ("budget.changed", "ann", 5)
+    assert [event["event"].removeprefix("batch.") for event in events] == [
+        *("cancel_requested", "retried", "cancel_requested", "deleted")
+    ]
+    assert {(event["batch_id"], event["principal"]) for event in events} == {(batch["batch_id"], "ann")}
+
+
+async def test_an_event_of_a_program_has_no_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flock")
+    async with owned(tmp_path) as client:
+        run = await ask_as(client, "ann")
+        transport: Any = client._transport
+        await transport.app.engine.cancel_run(run["run_id"])
+    (event,) = events_in(caplog)
+    assert (event["requested_by"], event["message"].split(": ")[1]) == (
+        "ann",
+        "somebody has requested its cancellation",
+    )
+    assert event.keys().isdisjoint({"principal", "request_id", "request_trace_id"})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_audit_file_has_only_events_and_is_created_again_after_it_was_moved(workers: int, tmp_path: Path) -> None:
+    keys, audit = tmp_path / "keys", tmp_path / "audit.ndjson"
+    keys.write_text("\n".join(f"{name}={key}" for name, key in KEYS.items()))
+    more = ["--api-keys-file", str(keys), "--audit", str(audit), "--workers", str(workers)]
+    with (
+        running(*served_with(tmp_path, *more)) as server,
+        httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http,
+    ):
+        for moved in ("audit.1", "audit.2"):
+            body = {"agent_name": "nap", "inputs": {}, "async_run": True}
+            run = http.post("/run/flock", json=body, headers=as_("ann")).raise_for_status().json()
+            http.post(f"/run/{run['run_id']}/cancel?wait=60", headers=as_("ops:admin")).raise_for_status()
+            (event,) = map(json.loads, audit.read_text("utf-8").splitlines())
+            assert (event["event"], event["run_id"]) == ("run.cancel_requested", run["run_id"])
+            assert (event["principal"], audit.stat().st_mode & 0o777) == ("ops", 0o600)
+            audit.rename(tmp_path / moved)
+        os.kill(server.process.pid, signal.SIGHUP)
+        server.wait_for_line("The API keys were read again", times=workers)
+        lines = [json.loads(line) for line in audit.read_text("utf-8").splitlines()]
+    assert [line["event"] for line in lines] == ["keys.changed"] * workers
+    assert lines[0]["key_names"] == list(KEYS)
+
+
+def test_an_audit_file_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:
+    done = subprocess.run(
+        served_with(tmp_path, "--audit", str(tmp_path / "missing" / "audit")),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "for --audit cannot be written: No such file or directory" in done.stderr
+    assert "Traceback" not in done.stderr

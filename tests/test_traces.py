@@ -210,7 +210,11 @@ async def test_the_span_of_a_run_has_its_principal_unless_the_operator_leaves_it
     if is_hidden:
         monkeypatch.setenv("FLOCK_TELEMETRY_PRINCIPAL", "false")
     flock = Flock()
-    flock.agent(lambda: 1, name="one")
+
+    @flock.agent
+    def one() -> int:
+        return 1
+
     async with served(flock, api_keys={"ann": "fk_ann_0123456789abcdef"}) as client:
         headers = {"X-API-Key": "fk_ann_0123456789abcdef"}
         await client.post("/run/flock", json={"agent_name": "one", "inputs": {}}, headers=headers)

@@ -160,6 +160,12 @@ def _protocols(context: click.Context, param: click.Parameter, names: Sequence[s
 @options_of(ServerSettings)
 @options_of(AppOptions)
 @log_json_option
+@click.option(
+    "--audit",
+    metavar="FILE",
+    help="File to which answers, retries, cancellations, deletions, and changes of keys and budgets are appended as "
+    "JSON, one object per line. If it was moved, it is created again.",
+)
 @click.option("--access-log", is_flag=True, help="Log each request. Each run that ends is logged in any case.")
 @click.option(
     "--metrics/--no-metrics",

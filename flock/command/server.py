@@ -39,6 +39,7 @@ from flock.command.exporter import end_export, export_traces
 from flock.declared import DeclaredFlock
 from flock.errors import DefinitionError
 from flock.limits import Limits
+from flock.logs import AuditFile, auditor
 from flock.models.llm import ModelClient
 from flock.models.pace import share_limits_among
 from flock.options import WEBHOOK_URL, Options, seconds, whole
@@ -112,6 +113,7 @@ class ServerSettings(_Settings, frozen=True, kw_only=True):
             are trusted; ``*`` trusts all. None is uvicorn's default: the variable ``FORWARDED_ALLOW_IPS``, or
             127.0.0.1.
         access_log: also log a line for each request. Each run that ends has a line anyway.
+        audit: a file for the events of ``flock.logs.audit``, as JSON, one object per line. All workers append to it.
     """
 
     TAKEN_BY: ClassVar[str] = "server"
@@ -142,6 +144,7 @@ class ServerSettings(_Settings, frozen=True, kw_only=True):
         float, seconds("A client that reads nothing of its response for this long is disconnected.")
     ] = 30
     access_log: bool = False
+    audit: str | None = None
 
 
 class WorkerSettings(_Settings, frozen=True, kw_only=True):
@@ -558,7 +561,7 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        log_config=log_config(settings.log_json),
+        log_config=log_config(settings.log_json, settings.audit),
         access_log=settings.access_log,
         server_header=False,
         http=functools.partial(Connection, write_timeout_s=settings.write_timeout_s),  # type: ignore[arg-type]
@@ -570,8 +573,11 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
     )
 
 
-def log_config(as_json: bool) -> dict[str, Any]:
-    """Return the configuration of the log of a command, which goes to stderr."""
+def log_config(as_json: bool, audit: str | None = None) -> dict[str, Any]:
+    """Return the configuration of the log of a command, which goes to stderr, and of the file *audit*.
+
+    Raises: DefinitionError if that cannot be written.
+    """
     config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     config["formatters"]["default"]["()"] = _TextFormatter
     for handler in config["handlers"].values():
@@ -579,6 +585,11 @@ def log_config(as_json: bool) -> dict[str, Any]:
     if as_json:
         config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in config["formatters"]}
     config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    if audit is not None:
+        AuditFile(audit).close()  # the error of logging would not name the reason
+        config["formatters"]["audit"] = {"()": "flock.logs.JSONFormatter"}
+        config["handlers"]["audit"] = {"class": "flock.logs.AuditFile", "formatter": "audit", "filename": audit}
+        config["loggers"]["flock.audit"] = {"handlers": ["audit"]}
     config["loggers"]["opentelemetry"] = {"handlers": ["default"], "level": "WARNING", "propagate": False}
     return config
 
@@ -726,7 +737,9 @@ class _Server(uvicorn.Server):
             logger.info("SIGHUP has no effect without --api-keys-file.")
         elif (read := _with_keys_of_file(self._settings)) is not None and read.app.api_keys is not None:
             app.keys.replace(read.app.api_keys)
-            logger.info("The API keys were read again: %s.", ", ".join(read.app.api_keys))
+            names = list(read.app.api_keys)
+            extra = {"event": "keys.changed", "key_names": names}
+            auditor.info("The API keys were read again: %s.", ", ".join(names), extra=extra)
 
     async def _accept_faster(self) -> None:
         """Listen on copies of each socket, since libuv accepts one connection per socket and iteration of the loop.

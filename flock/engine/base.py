@@ -40,6 +40,7 @@ from flock.errors import (
 )
 from flock.fair import FairShare
 from flock.limits import Limits
+from flock.logs import audit
 from flock.models.models import ModelChoice, models_of, names_of
 from flock.models.prices import Price, day_is_spent, merged, no_price, price_of
 from flock.runs import (
@@ -452,6 +453,8 @@ class EngineBase(Engine):
         account = await self.get_account(principal)
         if max_cost is not msgspec.UNSET and max_cost != account.max_cost:
             await self._set_budget(principal, max_cost)
+            words = "no budget" if max_cost is None else f"a budget of {max_cost:g} US dollars in a day"
+            audit("budget.changed", f"{words} from now on", {"max_cost_per_day": max_cost}, principal)
             account = replace(account, max_cost=max_cost)
         self._unlimited.pop(principal, None)
         if account.max_cost is None:

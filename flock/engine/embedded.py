@@ -40,6 +40,7 @@ from flock.engine.storereader import StoreReader
 from flock.errors import BatchNotFound, CallNotFound, Conflict, EngineStopped, RunNotFound, StoreError
 from flock.fair import FairShare
 from flock.limits import Limits
+from flock.logs import audit, fields_of_run
 from flock.models.llm import ModelClient
 from flock.models.prices import Price
 from flock.options import replaced
@@ -413,8 +414,10 @@ class EmbeddedEngine(EngineBase):
         if active is None:
             while not (run := await self.get_outline(run_id)).status.is_final:
                 if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
+                    _audit_cancel(run)
                     await self._runner.cancel_waiting(run)
                 elif await self.store.request_cancel(run_id):
+                    _audit_cancel(run)
                     owned = run if run.batch_id is None else await self.get_batch(run.batch_id)
                     if owned.owner == self._engine_id and run_id not in self._runner.active:
                         self._runner.cancelled_before[run_id] = run.attempt
@@ -422,6 +425,8 @@ class EmbeddedEngine(EngineBase):
                     return await self.get_outline(run_id)
             check_cancel(f"run {run_id}", run.status)
             return run
+        if not active.cancel_requested:
+            _audit_cancel(active.run)
         active.cancel()
         if active.run.is_async:
             await self.store.request_cancel(run_id)  # so that the request survives a crash
@@ -509,6 +514,7 @@ class EmbeddedEngine(EngineBase):
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
             run = await self.get_outline(run_id)
             raise run_not_retried(run_id, run.status, batch)
+        audit("run.retried", "retried it", fields_of_run(reopened), None if by is None else by.name)
         return reopened
 
     def _retry(self, max_cost: float | None, calls: RetriedCalls, by: Principal | None) -> Retry:
@@ -519,6 +525,7 @@ class EmbeddedEngine(EngineBase):
         await self._wait_until_seen(run.completed_at)
         if run.batch_id is not None or not await self.store.delete_run(run_id):
             raise not_deleted(await self.get_outline(run_id))
+        audit("run.deleted", "deleted it", fields_of_run(run))
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         self._check_entered()
@@ -754,6 +761,7 @@ class EmbeddedEngine(EngineBase):
         await self.get_batch(batch_id)
         if await self.store.batches.request_cancel(batch_id):
             batch = await self.get_batch(batch_id)
+            audit("batch.cancel_requested", "requested its cancellation", fields_of_run(batch))
             if batch.owner == self._engine_id:
                 self._batches.cancel(batch_id)
             else:
@@ -785,6 +793,7 @@ class EmbeddedEngine(EngineBase):
         )
         if reopened is None:
             raise not_retried(await self.get_batch(batch_id), statuses)
+        audit("batch.retried", "retried it", fields_of_run(reopened), None if by is None else by.name)
         return reopened
 
     async def delete_batch(self, batch_id: str) -> None:
@@ -792,3 +801,8 @@ class EmbeddedEngine(EngineBase):
         await self._wait_until_seen(batch.completed_at)
         if not await self.store.batches.drop(batch_id):
             raise not_deleted(batch)
+        audit("batch.deleted", "deleted it", fields_of_run(batch))
+
+
+def _audit_cancel(run: Run) -> None:
+    audit("run.cancel_requested", "requested its cancellation", fields_of_run(run))

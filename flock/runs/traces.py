@@ -18,7 +18,7 @@ from typing import Any, Self
 import msgspec
 
 from flock import __version__
-from flock.runs.records import CallKind, Run, RunStatus
+from flock.runs.records import Batch, CallKind, Run, RunStatus
 from flock.runs.text import valid_traceparent
 from flock.runs.usage import Usage, added
 
@@ -197,8 +197,8 @@ def of_request(method: str, path: str, traceparent: Callable[[], str | None]) ->
     return _start(method, attributes, "SERVER", context=_safely(lambda: _below(traceparent())))
 
 
-def principal_of(run: Run) -> str | None:
-    """Return the principal of a run, unless the operator leaves it out."""
+def principal_of(run: Run | Batch) -> str | None:
+    """Return the principal of a run or a batch, unless the operator leaves it out."""
     return None if os.environ.get(PRINCIPAL_VARIABLE, "").lower() == "false" else run.principal
 
 

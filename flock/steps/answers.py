@@ -160,7 +160,7 @@ def asked_question(run: Run, question: Question, answer: Call | None) -> AskedQu
 
 
 def answer_in_words(question: Question, answer: Call) -> str:
-    """Return a log line about an answer, with changed arguments. Other answers may be private, so they are omitted."""
+    """Return a log line about an answer, with changed arguments. Other answers may be private: they are omitted."""
     output, about = msgspec.json.decode(answer.result), question.arguments
     what = ""
     if isinstance(about, msgspec.Raw) and isinstance(output, dict):
@@ -168,8 +168,7 @@ def answer_in_words(question: Question, answer: Call) -> str:
         if output.get("arguments") is not None:
             changed = msgspec.json.encode(output["arguments"]).decode()
             what += f", with {one_line(cut(changed))} in place of {one_line(cut(bytes(about).decode()))}"
-    who = "somebody" if answer.answered_by is None else repr(answer.answered_by)
-    return f"{who} has answered the question {question.call_id}{what}"
+    return f"answered the question {question.call_id}{what}"
 
 
 def end_of_expired(question: Question, at: datetime) -> Call | None:

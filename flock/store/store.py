@@ -25,6 +25,7 @@ from msgspec.structs import asdict
 from flock.agents.program import Program
 from flock.errors import EngineFull, RunNotFound
 from flock.fair import FairShare
+from flock.logs import audit
 from flock.runs import (
     Account,
     AskedQuestion,
@@ -294,15 +295,15 @@ class SQLiteStore(Database, Store):
         now: datetime,
         then: Then[Run | None],
     ) -> Run | None:
-        answered = list[str]()
+        answered = list[tuple[str, dict[str, Any]]]()
 
         def apply(db: sqlite3.Connection) -> Run | None:
             answered.clear()  # it may be repeated
             return waiting.answer(db, run_id, call_id, output, by, owner, now, answered)
 
         run = await self.change(apply, then)
-        for words in answered:
-            logger.info("run %s: %s", run_id, words)
+        for words, about in answered:
+            audit("question.answered", words, about | {"call_id": call_id}, None if by is None else by.name)
         return run
 
     async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:

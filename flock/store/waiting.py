@@ -7,12 +7,14 @@ import logging
 import sqlite3
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData, RunNotFound
+from flock.logs import fields_of_run
 from flock.runs import (
     AskedQuestion,
     Call,
@@ -95,9 +97,11 @@ def answer(
     by: Principal | None,
     owner: str,
     at: datetime,
-    answered: list[str],
+    answered: list[tuple[str, dict[str, Any]]],
 ) -> Run | None:
-    """Answer a question, and add that in words to *answered*. If the run waits, return a stub that *owner* is to start.
+    """Answer a question, and add that in words to *answered*, with the fields of the run.
+
+    Returns: if the run waits, a stub of it that *owner* is to start.
 
     Raises: RunNotFound, CallNotFound, Forbidden, Conflict, InvalidData, EngineStopped.
     """
@@ -118,7 +122,9 @@ def answer(
     queries.check_engine(db, owner)
     call = answer_of(question, output, at, by)
     _write_call(db, run, call)
-    answered.append(answer_in_words(question, call))  # not the question, which holds all questions of the run
+    answered.append(
+        (answer_in_words(question, call), fields_of_run(run))
+    )  # not the question, which holds all questions of the run
     if run.status is RunStatus.WAITING:
         return queries.resume(db, run, [call_id], owner)
     left = tuple(each for each in run.waiting_for if each is not question)

@@ -6,7 +6,6 @@ so on. Batches are in ``flock.temporal.batches``.
 
 import asyncio
 import contextlib
-import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from flock.errors import (
     TooManyRequests,
 )
 from flock.limits import Limits, enforced_by
+from flock.logs import audit, fields_of_run
 from flock.models.models import ModelChoice
 from flock.models.prices import Price
 from flock.options import replaced
@@ -126,7 +126,6 @@ from flock.temporal.workflows import KEEP_SESSION_S, NO_LIMIT, FlockAccount, Flo
 SAME_S = 0.25
 #: How often open questions are read for a client that waits for one, in seconds.
 QUESTIONS_INTERVAL_S = 1.0
-log_of_runs = logging.getLogger("flock.runs")
 
 #: The interval and the timeout of requests that check the cluster and count open runs, in seconds.
 WATCH_INTERVAL_S = 0.5
@@ -661,7 +660,8 @@ class TemporalEngine(TemporalBatches):
             call = answer_of(question, output, now(), by)
             done = CallDone(item=run.position or 0, step=len(run.steps), call=call)
             await self.cluster.signal(await self._keeper_of(run), FlockRun.call_done, done)
-            log_of_runs.info("run %s: %s", run_id, answer_in_words(question, call))
+            about = fields_of_run(run) | {"call_id": call_id}
+            audit("question.answered", answer_in_words(question, call), about, call.answered_by)
             is_sent = True
 
     _questions_interval_s = QUESTIONS_INTERVAL_S

@@ -12,7 +12,7 @@ from uuid import UUID
 import anyio
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from flock.errors import InvalidData
@@ -106,7 +106,7 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
         raise InvalidData.of(f"'{path[:-1]}' in the query: {reason}.{example_for(reason)}") from exc
 
 
-def traceparent_of(request: Request) -> str | None:
+def traceparent_of(request: HTTPConnection) -> str | None:
     """Return the trace context of a request: that of its span, or the ``traceparent`` header, unless it is repeated."""
     sent = request.headers.getlist("traceparent")
     return current(sent[0] if len(sent) == 1 else None)

@@ -1,5 +1,6 @@
 """The router of an app. It checks access before the body of a request is read."""
 
+import functools
 import inspect
 import ipaddress
 import re
@@ -18,8 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from flock.agents.signature import is_async
 from flock.errors import FlockError, Forbidden, Unauthenticated
+from flock.logs import REQUEST
 from flock.runs import Principal
+from flock.runs.text import valid_traceparent
 from flock.web.auth import Caller, KeyRing, RateLimit, check_host, check_origin
+from flock.web.requests import traceparent_of
 
 #: Returns the principal of a request, or None if it cannot be identified. It may read headers, a session or a
 #: certificate, but not the body. A plain function is called in a thread, so it may wait.
@@ -157,7 +161,11 @@ class AppRouter(Router):
             scope.setdefault("router", self)
             scope["route"] = route
             scope.update(child_scope)
-            await route.handle(scope, receive, send)
+            acting = REQUEST.set(functools.partial(_facts_of, HTTPConnection(scope)))
+            try:
+                await route.handle(scope, receive, send)
+            finally:
+                REQUEST.reset(acting)
 
     def _match(self, scope: Scope) -> tuple[BaseRoute | None, Scope]:
         """Return the route for *scope*, and its additions to the scope."""
@@ -207,6 +215,13 @@ class AppRouter(Router):
             route_match.headers = self._rate.take(caller_of(connection))
         if needs == "admin" and principal is not None and not principal.admin:
             raise Forbidden(f"{scope['path']} is only for admins, and {principal.name!r} is not an admin.")
+
+
+def _facts_of(request: HTTPConnection) -> Mapping[str, Any]:
+    """Return what identifies a request in the log."""
+    principal, trace = principal_of(request), valid_traceparent(traceparent_of(request))
+    facts = {"request_id": request.scope.get("flock.request_id"), "request_trace_id": trace and trace[3:35]}
+    return facts | {"principal": principal and principal.name}
 
 
 async def _in_thread(auth: Auth, connection: HTTPConnection) -> Any:
