@@ -433,6 +433,46 @@ async def test_an_expired_question_fails_the_run_unless_it_has_a_default(open_en
         assert msgspec.json.decode(run.result or b"{}") == {"result": "refused: nobody was there"}
 
 
+async def test_a_question_stays_open_after_its_time_while_other_calls_of_its_step_run() -> None:
+    flock, may_end = Flock(), anyio.Event()
+
+    async def other() -> None:
+        await may_end.wait()
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        found = await asyncio.gather(context.ask("Pay?", bool, expires_s=0.05), context.call(other))
+        return bool(found[0])
+
+    async with flock.engine(store=":memory:") as engine:
+        run = await engine.submit("work", {})
+        run = await until_run(engine, run.run_id, lambda run: bool(run.questions))
+        expires_at = run.questions[0].expires_at
+        assert expires_at is not None
+        await anyio.sleep((expires_at - now()).total_seconds() + 0.05)
+        assert (await engine.get_run(run.run_id)).status is RunStatus.RUNNING
+        await engine.answer_call(run.run_id, run.questions[0].call_id, json_of(True))
+        may_end.set()
+        assert await result_of(engine, run.run_id) is True
+
+
+async def test_on_question_may_take_longer_than_the_question_may_wait() -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        return await context.ask("Pay?", bool, expires_s=0.01)
+
+    async def slow(question: Question) -> bool:
+        assert question.expires_at is not None
+        await anyio.sleep((question.expires_at - now()).total_seconds() + 0.05)
+        return True
+
+    async with flock.engine(store=":memory:", on_question=slow) as engine:
+        run = await engine.submit("work", {})
+        assert await result_of(engine, run.run_id) is True
+
+
 async def test_of_several_engines_one_continues_an_expired_run(tmp_path: Path) -> None:
     refunds, store = Refunds(expires_s=0.1, default=Approval(True)), tmp_path / "flock.db"
     async with refunds.flock.engine(store=store) as one, refunds.flock.engine(store=store) as two:

@@ -4,6 +4,7 @@ The requests and the members that are checked are those of the real client, whic
 """
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -332,6 +333,12 @@ def test_a_setting_that_may_be_refused_is_on_the_page(name: str) -> None:
     assert f"`{name}`" in page.partition("## Settings")[2].partition("## Reasoning")[0]
 
 
+@dataclasses.dataclass
+class Rated:
+    stars: int
+    note: str = ""
+
+
 async def test_a_schema_of_the_client_must_be_that_of_the_outputs(client: httpx.AsyncClient, chats: Chats) -> None:
     """Titles, descriptions, the order and the spelling of pydantic's strict schemas are not different."""
     strict: dict[str, Any] = {
@@ -366,6 +373,28 @@ async def test_a_schema_of_the_client_must_be_that_of_the_outputs(client: httpx.
     bomb = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(60)}
     with anyio.fail_after(PATIENCE_S):
         check_error(await send({"$defs": bomb, "$ref": "#/$defs/a0"}), 400, "invalid_input")
+
+
+async def test_a_strict_schema_is_another_one_if_a_field_has_a_default(client: httpx.AsyncClient, chats: Chats) -> None:
+    """SDKs require all fields, and leave out the defaults."""
+
+    @chats.flock.agent
+    def rated(text: str) -> Rated:
+        return Rated(1)
+
+    schema = (await get(client, "/agents/rated"))["output_schema"]
+    strict = {**schema, "properties": {"stars": {"type": "integer"}, "note": {"type": "string"}}}
+    for sent, status in ((schema, 200), ({**strict, "required": ["stars", "note"]}, 400)):
+        format_ = {"type": "json_schema", "json_schema": {"name": "Rated", "schema": sent}}
+        response = await chat(client, "rated", "a", response_format=format_)
+        assert response.status_code == status, response.text
+    assert content_of(await chat(client, "rated", "a")) == '{"stars":1,"note":""}'
+
+
+async def test_a_setting_that_an_agent_does_not_have_is_ignored(client: httpx.AsyncClient) -> None:
+    ignored = {"seed": 7, "user": "ann", "reasoning_effort": "low", "verbosity": "low", "service_tier": "auto"}
+    response = await chat(client, "mood", "a", **ignored, unknown=1)
+    assert response.status_code == 200, response.text
 
 
 async def test_the_schema_is_that_of_the_agents_that_may_end_the_run(chats: Chats) -> None:

@@ -764,6 +764,10 @@ def both(first: Work, then: Work) -> Work:
     return work
 
 
+async def charged_6_under_a(context: RunContext, shop: Shop) -> Any:
+    return await context.call(shop.charge, 6, call_name="a")
+
+
 def charged_unseen(n: int | str) -> Work:
     return lambda context, shop: context.call(shop.charge, n, call_keep="result")
 
@@ -779,6 +783,7 @@ CHANGES = {
     "arguments that are not stored": Change(
         charged_unseen(5), charged_unseen(6), r"makes the call charge:\w+ instead of charge:\w+\.", []
     ),
+    "other arguments of a call with a name": Change(charged_under("a"), charged_6_under_a, None, []),
     "long arguments": Change(mailed_to("b"), mailed_to("c"), r'mail {"to":"ca{300,400}… instead of mail', []),
     "other arguments": Change(charged_5, charged_6, MAKES_6, []),
     "a call of the same function before it": Change(charged_5, charged_6_and_5, "instead of", []),

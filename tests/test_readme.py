@@ -4,15 +4,19 @@ import csv
 import http.server
 import io
 import json
+import marshal
 import re
 import subprocess
 import threading
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.support import EXAMPLES, ROOT
 from tests.support.pages import Reader, blocks_of, check_serves_only_ann, printed_by, shown_output
@@ -171,3 +175,24 @@ def test_the_readme_has_the_length_of_a_readme() -> None:
 def test_every_block_has_a_language_that_a_test_executes() -> None:
     """A typing mistake in a fence would take its block out of the tests."""
     assert {block.language for block in BLOCKS} == {"bash", "json", "python", "csv"}
+
+
+def test_the_packages_and_their_size_are_those_of_the_readme() -> None:
+    """The files of all required packages, as they take space on a disk, with their bytecode."""
+    claim = re.search(r"httpx and SQLite: (\d+) packages, (\d+) MB with their bytecode", README.read_text())
+    assert claim is not None
+    needed, names = {"flockapi"}, ["flockapi"]
+    for name in names:
+        for each in map(Requirement, metadata.requires(name) or ()):
+            if (each.marker is None or each.marker.evaluate()) and canonicalize_name(each.name) not in needed:
+                needed.add(canonicalize_name(each.name))
+                names.append(each.name)
+    assert len(needed - {"flockapi"}) == int(claim[1]), sorted(needed)
+    files = [ROOT / "flockapi.py", *(ROOT / "flock").rglob("*")]
+    files += [Path(str(file.locate())) for name in names[1:] for file in metadata.files(name) or ()]
+    sizes = [file.stat().st_size for file in files if file.is_file() and file.suffix != ".pyc"]
+    for file in files:
+        if file.suffix == ".py" and file.is_file():
+            sizes.append(len(marshal.dumps(compile(file.read_bytes(), str(file), "exec", dont_inherit=True))))
+    blocks = sum(-(-size // 4096) * 4096 for size in sizes)
+    assert blocks / 2**20 == pytest.approx(int(claim[2]), rel=0.1)

@@ -240,7 +240,7 @@ def peers(size: Size) -> Mapping[str, Peer]:
                 "uvloop",
                 "httptools",
             ),
-            durable="the session, at the end of a run",
+            durable="the session, at the end of a run; its durable queue needs Postgres or Redis",
             asks={
                 "stream": Ask("/workflows/write/runs", form={"message": json.dumps(pieces), "stream": "true"}),
                 "model": Ask("/agents/review/runs", form={"message": "Splendid.", "stream": "false"}, proof="is_good"),
@@ -259,7 +259,7 @@ def peers(size: Size) -> Mapping[str, Peer]:
         "LangGraph": Peer(
             command=("bench.peers.with_langgraph", "{port}"),
             packages=("langgraph-cli[inmem]", "langchain-openai", "uvloop", "httptools"),
-            durable="nothing: its durable server needs Postgres, Redis and a licence",
+            durable="nothing: its durable servers need Postgres, most also Redis",
             asks={
                 "stream": Ask("/runs/stream", {"assistant_id": "write", "input": pieces, "stream_mode": "custom"}),
                 "model": Ask("/runs/wait", {"assistant_id": "review", "input": text}, proof="is_good"),

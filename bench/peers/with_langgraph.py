@@ -1,6 +1,6 @@
 """Graphs of LangGraph, served by its in-memory development server: python -m bench.peers.with_langgraph PORT
 
-The durable one needs Postgres, Redis and a licence.
+The durable one needs Postgres, Redis and a licence; aegra (Postgres) and langhost (Postgres, Redis) need no licence.
 """
 
 import asyncio
