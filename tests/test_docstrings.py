@@ -36,7 +36,17 @@ FOREIGN |= {
     "OPENAI_BASE_URL",
 }
 #: Examples, the beginnings of names, and what belongs to an object of a library.
-FOREIGN |= {"Pool", "run.", "batch.", "iter_lines", "Request.url", "sd_listen_fds", "TEMPORAL_TLS", "Sec-Fetch-Site"}
+FOREIGN |= {
+    "Pool",
+    "temporalio.envconfig",
+    "run.",
+    "batch.",
+    "iter_lines",
+    "Request.url",
+    "sd_listen_fds",
+    "TEMPORAL_TLS",
+    "Sec-Fetch-Site",
+}
 
 
 def _texts(path: Path) -> Iterator[tuple[int, str]]:

@@ -100,7 +100,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
         yield client, places
 
 
-def _refused(served: tuple[httpx.Client, dict[str, str]], operation_id: str, query: list[tuple[str, str]]) -> str:
+def _refused(served: tuple[httpx.Client, dict[str, str]], operation_id: str, query: list[tuple[str, Any]]) -> str:
     """Send a request with *query*. Return the error if the query is refused, and "" otherwise."""
     client, places = served
     method, path, _ = QUERIES[operation_id]
@@ -112,7 +112,7 @@ def _refused(served: tuple[httpx.Client, dict[str, str]], operation_id: str, que
     elif method == "POST":
         sent = {"answerCall": {"output": 1}, "runFlock": {"agent_name": "add", "inputs": {"a": 1}}}
         content = {"json": sent[operation_id]} if operation_id in sent else {}
-    with client.stream(method, path.format(**places), params=query, **content) as response:
+    with client.stream(method, path.format(**places), params=httpx.QueryParams(query), **content) as response:
         if response.status_code not in (400, 422):
             return ""
         text = response.read().decode()
@@ -158,7 +158,7 @@ def test_routes_that_list_or_start_something_refuse_unknown_parameters(
     method, path, described = operation
     client, places = served
     found = path.format(**dict.fromkeys(re.findall(r"{(\w+)}", path), "echo") | places)
-    sent = {"json": {"agent_name": "add", "inputs": {"a": 1}}} if method == "POST" else {}
+    sent: dict[str, Any] = {"json": {"agent_name": "add", "inputs": {"a": 1}}} if method == "POST" else {}
     with client.stream(method, found, params={"unknown": "1"}, **sent) as response:
         is_refused = response.status_code == 422 and "'unknown'" in response.read().decode()
     assert is_refused == (described["operationId"] in STRICT)

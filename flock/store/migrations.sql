@@ -387,7 +387,7 @@ CREATE INDEX runs_by_status ON runs (flock, status, run_id, principal) WHERE bat
 CREATE INDEX runs_by_both ON runs (flock, agent_name, status, run_id, principal) WHERE batch_id IS NULL;
 CREATE INDEX runs_by_session ON runs (flock, session_id, status, run_id, principal)
     WHERE batch_id IS NULL AND session_id IS NOT NULL;
-CREATE INDEX batches_by_principal ON batches (flock, principal, batch_id) WHERE hidden IS NULL;
+CREATE INDEX IF NOT EXISTS batches_by_principal ON batches (flock, principal, batch_id) WHERE hidden IS NULL;
 
 ---- The open questions in the order in which they were asked.
-CREATE INDEX questions_by_age ON questions (flock, change) WHERE is_open = 1;
+CREATE INDEX IF NOT EXISTS questions_by_age ON questions (flock, change) WHERE is_open = 1;
