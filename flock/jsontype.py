@@ -340,8 +340,16 @@ def float_of(text: str) -> Any:
     return number if math.isfinite(number) else msgspec.Raw(text.encode())
 
 
-def int_of(text: str) -> Any:
-    """Return an int, or the text itself if it may be too long for Python to read, or for msgspec to write."""
+def loads(raw: bytes, parse_float: Callable[[str], Any] = float_of) -> Any:
+    """Return the value of *raw*. A number that Python or msgspec cannot hold stays the text that it was."""
+    is_long = b"0" * 19 in raw.translate(_AS_ZEROS)  # else json reads integers itself, several times as fast
+    return json.loads(raw.decode(), parse_float=parse_float, parse_int=_int_of if is_long else int)
+
+
+_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+
+
+def _int_of(text: str) -> Any:
     return int(text) if len(text) < 19 else msgspec.Raw(text.encode())
 
 
@@ -351,7 +359,7 @@ def _resolve(type_: Any, raw: bytes, path: str) -> str:
     if len(raw) > MAX_SEARCHED_BYTES:
         known_steps = itertools.takewhile(lambda step: step != ("", "..."), steps)
         return "".join(f"/{escape_pointer(name or index)}" for name, index in known_steps)
-    value: Any = [json.loads(raw, parse_float=float_of, parse_int=int_of)]
+    value: Any = [loads(raw)]
     whole = value  # a root whose value can be replaced
     key: Any = 0
     for name, index in steps:

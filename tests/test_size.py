@@ -14,19 +14,19 @@ ROOT = Path(__file__).parent.parent
 
 # The most lines of code of each folder, and of `flockapi.py` and the modules directly in `flock/`.
 BUDGETS = {
-    "flockapi.py": 647,
-    "flock": 2414,
+    "flockapi.py": 650,
+    "flock": 2441,
     "flock/agents": 2888,
-    "flock/command": 2407,
-    "flock/engine": 3078,
-    "flock/models": 2798,
-    "flock/protocols": 2313,
+    "flock/command": 2464,
+    "flock/engine": 3095,
+    "flock/models": 2812,
+    "flock/protocols": 2336,
     "flock/rows": 1249,
-    "flock/runs": 1482,
-    "flock/steps": 3609,
-    "flock/store": 3551,
-    "flock/temporal": 5371,
-    "flock/web": 2844,
+    "flock/runs": 1495,
+    "flock/steps": 3615,
+    "flock/store": 3593,
+    "flock/temporal": 5372,
+    "flock/web": 2897,
 }
 NO_CODE = {
     tokenize.COMMENT,

@@ -4,7 +4,6 @@ A task outlives the request that has sent its message. The same message with the
 """
 
 import hashlib
-import json
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -17,13 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock import __version__
+from flock import __version__, jsontype
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.errors import Conflict, FlockError, InvalidData, MalformedJSON, RunNotFound
 from flock.fair import FairShare
 from flock.files import as_data_url, references_in
-from flock.jsontype import JSONType, float_of, int_of
 from flock.protocols import chats, frontends, jsonrpc
 from flock.protocols.chats import SentFile
 from flock.protocols.jsonrpc import INVALID_PARAMS, RPCError
@@ -109,7 +107,7 @@ class Params(msgspec.Struct, frozen=True):
     statusTimestampAfter: None = None
 
 
-PARAMS = JSONType(Params, ignores_unknown=True)
+PARAMS = jsontype.JSONType(Params, ignores_unknown=True)
 
 
 class Call(NamedTuple):
@@ -227,7 +225,7 @@ async def _wanted(call: Call) -> orders.Wanted:
     if said is None:
         raise InvalidData.of("The message is missing.", "/params/message")
     for number, part in enumerate(said.parts):
-        value, at = _value_of(bytes(part.data)), f"/params/message/parts/{number}"
+        value, at = jsontype.loads(bytes(part.data) or b"null", _number), f"/params/message/parts/{number}"
         url = part.url if part.raw is None else as_data_url(part.raw, part.mediaType)
         if url is not None and (said.taskId or not call.agent.input.has_files):
             raise RPCError(CONTENT_TYPE, f"Part {number} is a file, and none is taken. Send text, or JSON as data.")
@@ -245,15 +243,7 @@ async def _wanted(call: Call) -> orders.Wanted:
 def _number(text: str) -> Any:
     """Return a float of JSON, or the integer that it is: clients on Protocol Buffers send all integers as floats."""
     value = float(text)
-    return int(value) if value.is_integer() and abs(value) < 2**53 else float_of(text)
-
-
-_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
-
-
-def _value_of(raw: bytes) -> Any:
-    is_long = b"0" * 19 in raw.translate(_AS_ZEROS)  # else json reads integers itself, several times as fast
-    return json.loads(raw.decode() or "null", parse_float=_number, parse_int=int_of if is_long else int)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else jsontype.float_of(text)
 
 
 def _raw(values: Mapping[str, Any]) -> dict[str, msgspec.Raw]:
