@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import logging
 import math
 import os
 import random
@@ -881,19 +882,48 @@ async def test_runs_keep_their_order_when_the_clock_is_set_back(clock: Clock, tm
         assert await pages(engine) == [run.run_id for run in reversed(runs)]
 
 
+@pytest.mark.parametrize("ahead", [3 * DAY, -DAY], ids=["ahead", "back"])
 @pytest.mark.anyio
-async def test_a_run_ends_if_the_clock_is_set_back_during_it(clock: Clock, tmp_path: Path) -> None:
-    """By the clock it ends before it started, which has no other effect."""
-    async with clocked_flock().engine(store=tmp_path / "flock.db") as engine:
-        run = await engine.submit("hang", msgspec.Raw(b"{}"))
-        clock.ahead = -DAY
-        await engine.cancel_run(run.run_id)
+async def test_no_duration_is_that_of_a_clock_that_is_set_during_a_run(
+    ahead: timedelta, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Logs, metrics and spans take their durations from the times of the record."""
+    flock, set_ahead = Flock("clock"), anyio.Event()
+
+    @flock.agent
+    async def jump(context: RunContext) -> None:
+        def inside() -> None:
+            clock.ahead = ahead
+
+        await context.call(inside)
+
+    @flock.agent
+    async def hang() -> None:
+        clock.ahead = ahead
+        set_ahead.set()
+        await anyio.sleep_forever()
+
+    caplog.set_level(logging.INFO, "flock.runs")
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
         with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run.run_id)
-        assert run.status is RunStatus.CANCELLED
-        assert run.completed_at
-        assert run.completed_at < run.created_at
-        assert await engine.store.get_run(run.run_id) == run
+            jumped = await engine.wait((await engine.submit("jump", msgspec.Raw(b"{}"))).run_id)
+            (calls,) = (await engine.get_calls(jumped)).values()
+            clock.ahead = timedelta(0)
+            hanging = await engine.submit("hang", msgspec.Raw(b"{}"))
+            await set_ahead.wait()
+            await engine.cancel_run(hanging.run_id)
+            cancelled = await engine.wait(hanging.run_id)
+        assert [jumped.status, cancelled.status] == [RunStatus.COMPLETED, RunStatus.CANCELLED]
+        assert (await engine.store.get_run(cancelled.run_id)).completed_at == cancelled.completed_at
+    ended: list[tuple[datetime, datetime | None]] = [(each.started_at, each.completed_at) for each in calls]
+    ended += [(step.started_at, step.completed_at) for step in jumped.steps]
+    ended += [(run.created_at, run.completed_at) for run in (jumped, cancelled)]
+    for start, end in ended:
+        assert end is not None
+        assert timedelta(0) <= end - start < timedelta(seconds=PATIENCE_S)
+    took = [each.__dict__["duration_ms"] for each in caplog.records if "duration_ms" in each.__dict__]
+    assert len(took) == 2
+    assert all(0 <= each < PATIENCE_S * 1000 for each in took)
 
 
 @pytest.mark.anyio

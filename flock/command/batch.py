@@ -403,7 +403,8 @@ def _estimate(done: Batch, count: int) -> str:
     ended = max(1, done.completed_items - done.cancelled_items - done.invalid_items)
     parts = []
     if done.resumed_at is not None and done.completed_at is not None:
-        seconds = (done.completed_at - done.resumed_at).total_seconds() * done.cancelled_items / min(count, ended)
+        took_s = max(0.0, (done.completed_at - done.resumed_at).total_seconds())
+        seconds = took_s * done.cancelled_items / min(count, ended)
         parts.append(f"about {timedelta(seconds=round(seconds))} for the others")
     if done.usage is not None:
         tokens = (done.usage.input_tokens + done.usage.output_tokens) * done.total_items // ended

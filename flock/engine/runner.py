@@ -476,7 +476,7 @@ class Runner:
             if active.spent is not active.run.spent:
                 self.store.save_nowait(replace(active.run, **active.costs))
         else:
-            ended = replace(run, completed_at=now(), **asdict(INTERRUPTED))
+            ended = replace(run, completed_at=active.now(), **asdict(INTERRUPTED))
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
                 await self.store.save(ended, run.steps[-1] if active.unsaved is not None else None)
                 self.executor.notify("run_ended", ended)
@@ -555,7 +555,7 @@ class Runner:
                 raise anyio.get_cancelled_exc_class()
         run = active.unsaved or await active.load()
         if run.started_at is None:  # retried with all steps already done
-            active.update(replace(run, status=RunStatus.RUNNING, started_at=now()))
+            active.update(replace(run, status=RunStatus.RUNNING, started_at=active.now()))
         return run.steps[-1].result
 
     def end_of(self, id_: str) -> Signal:
@@ -625,7 +625,7 @@ class Runner:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
         now_known = {"progress": active.progress, "dropped": active.dropped, **active.costs}
-        run = replace(run, **end, **now_known, completed_at=now())
+        run = replace(run, **end, **now_known, completed_at=active.now())
         try:
             await active.save(run, step)
         except OwnershipLost:
@@ -650,7 +650,7 @@ class Runner:
         self.executor.notify("run_ended", run)
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # items are too many; the batch logs a summary
         if logger.isEnabledFor(level):
-            took_ms = round((now() - run.created_at).total_seconds() * 1000)
+            took_ms = max(0, round(((run.completed_at or now()) - run.created_at).total_seconds() * 1000))
             template, source = "run %s: %s, agent %s, %d ms%s", of_request(run.request_id)
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
             logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, source, extra=extra)

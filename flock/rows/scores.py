@@ -143,7 +143,7 @@ async def add_scores(
             found.failed += bool(rated) and item.status is RunStatus.FAILED
             costs += [] if item.usage is None else [item.usage.cost]
             if item.started_at and item.completed_at and item.status is RunStatus.COMPLETED:
-                latencies.append((item.completed_at - item.started_at).total_seconds())
+                latencies.append(max(0.0, (item.completed_at - item.started_at).total_seconds()))
             if (score := rated.get("", 1)) < 1:
                 found.worst += [shown_as(ScoredRow, item, row=len(columns[""]), score=score, expected=wanted)]
         found.worst = sorted(found.worst, key=lambda row: row.score)[:MAX_WORST]

@@ -3,14 +3,24 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-__all__ = ["first_id_at", "make_ids_after", "new_id", "now"]
+__all__ = ["first_id_at", "make_ids_after", "new_id", "now", "steady_now"]
 
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def steady_now() -> Callable[[], datetime]:
+    """Return a function that returns the time now. What passes from here on is measured by the monotonic clock.
+
+    So the time between two results is how long it was, whoever sets the clock of the machine meanwhile.
+    """
+    at, began_s = now(), time.monotonic()
+    return lambda: at + timedelta(seconds=time.monotonic() - began_s)
 
 
 #: Max clock skew, in seconds: new ids do not follow existing ids that are further in the future than this.

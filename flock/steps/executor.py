@@ -46,7 +46,7 @@ from flock.runs import (
     Step,
     Usage,
     added,
-    now,
+    steady_now,
     traces,
 )
 from flock.runs.context import CURRENT_CALL
@@ -105,6 +105,7 @@ class ActiveRun:
         live: what its agents write; None while it is not kept.
         spent: see ``Run``; including what is not written yet.
         dropped: see ``Run``; including the calls of a step that has failed now.
+        now: returns the time for the record of the run, its steps and calls.
         spent_by: see ``Run``; including what is not written yet.
         budget: what it may cost, or its batch; None if there is no ``max_cost``.
         day_budget: what its principal may spend in a day; None if it has no principal.
@@ -141,6 +142,7 @@ class ActiveRun:
         self.progress = run.progress
         self.spent, self.spent_by = run.usage, run.spent_by
         self.dropped = run.dropped
+        self.now = steady_now()
 
     def note_progress(self, progress: Progress | None) -> None:
         """Record progress. It may be called from any thread."""
@@ -320,7 +322,7 @@ class StepExecutor:
         try:
             run = await active.begin()
             inputs = inputs_for(agent, run)
-            active.started_at = active.started_at or now()
+            active.started_at = active.started_at or active.now()
             if agent.on_retry == "again":
                 run = replace(run, journal=None)
             is_start, spent_s = run.status is RunStatus.STARTING, run.worked_s
@@ -329,7 +331,7 @@ class StepExecutor:
                 first_span = run.first_span or traces.current()
                 run = replace(run, status=RunStatus.RUNNING, started_at=started_at, first_span=first_span)
             elif run.started_at is not None:
-                spent_s = (now() - run.started_at).total_seconds() - active.waited_s
+                spent_s = max(0, (active.now() - run.started_at).total_seconds()) - active.waited_s
             if active.scope.deadline == math.inf:
                 set_deadline(active.scope, loop_clock()() + active.timeout_s - spent_s)
             if is_start:
@@ -354,7 +356,7 @@ class StepExecutor:
         self, active: ActiveRun, run: Run, agent: Agent, inputs: msgspec.Raw, slot: AgentSlot, *, is_again: bool
     ) -> Step:
         """Execute *agent*. If it uses its context, there is a journal of its calls."""
-        started_at, batch = now(), _batch_of(run)
+        started_at, batch = active.now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
         resources = Resources(self.models, call_in_thread, active.history, self.agents, self.shared, active.has_batches)
         usage, model, call_count = None, None, 0
@@ -374,7 +376,7 @@ class StepExecutor:
             first_try=run.first_try,
             model=model,
             started_at=started_at,
-            completed_at=now(),
+            completed_at=active.now(),
         )
 
     async def _journal(
@@ -402,6 +404,7 @@ class StepExecutor:
             max_total_bytes=self.max_item_bytes,
             expose_errors=self.expose_errors,
             clock=Clock(active.scope),
+            now=active.now,
             is_cut_off=lambda: active.is_cut_off,
             replay_grace_s=self.limits.replay_grace_s,
             stops_on_change=agent.on_change == "stop" and run.first_try == run.tries,

@@ -122,6 +122,7 @@ class Journal:
         max_total_bytes: max size of all arguments and results together, as JSON.
         expose_errors: whether the text of any exception is stored with a failed call.
         clock: that of the run.
+        now: see ``ActiveRun``.
         is_cut_off: whether the run is being stopped, or its deadline has passed. What then ends has no entry.
         replay_grace_s: how long a call that does not start again holds up the others, in seconds.
         stops_on_change: end the step before a call that replaces another one, because the program was changed.
@@ -155,6 +156,7 @@ class Journal:
     max_total_bytes: InitVar[float]
     expose_errors: bool
     clock: Clock
+    now: Callable[[], datetime] = now
     is_cut_off: Callable[[], bool]
     replay_grace_s: InitVar[float]
     stops_on_change: bool = True
@@ -768,7 +770,7 @@ class Journal:
             error=str(exc),
             error_type=exc.error_type,
             raised=raised_by(planned.label, exc),
-            completed_at=now(),
+            completed_at=self.now(),
         )
         return await self._store_end(ended, entry, cancellation)
 
@@ -815,7 +817,7 @@ class Journal:
                 model=model,
                 once="ended" if planned.at_most_once else None,
                 started_at=started_at,
-                completed_at=now(),
+                completed_at=self.now(),
             )
             if isinstance(exc, Exception):
                 call = self._failed_call(planned, call, exc, is_cancelled=is_cancelled)
@@ -844,13 +846,13 @@ class Journal:
             if self.is_cut_off():  # what cancels the step may not have reached this task
                 for _ in range(CHECKPOINTS):
                     await anyio.lowlevel.checkpoint()
-            started_at = now()
+            started_at = self.now()
             if planned.at_most_once:
                 await self._start(planned, started_at, cancellation)
                 await cancellation.raise_if_late()
         except BaseException as exc:
             if cancellation.is_late or cancellation.is_cause_of(exc):
-                call = planned.call(started_at=now(), completed_at=now())
+                call = planned.call(started_at=self.now(), completed_at=self.now())
                 await self._store_cancelled(call, entry, cancellation)
             raise
         return started_at
@@ -940,7 +942,7 @@ class Journal:
             raised=None,
             once=None,
             place=(place := self._replay.end(entry, is_cancelled=True, late_s=cancellation.late_s)),
-            completed_at=now(),
+            completed_at=self.now(),
         )
         self._failed.append((call, None))
         try:
