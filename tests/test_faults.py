@@ -914,7 +914,7 @@ async def test_no_duration_is_that_of_a_clock_that_is_set_during_a_run(
             await engine.cancel_run(hanging.run_id)
             cancelled = await engine.wait(hanging.run_id)
         assert [jumped.status, cancelled.status] == [RunStatus.COMPLETED, RunStatus.CANCELLED]
-        assert (await engine.store.get_run(cancelled.run_id)).completed_at == cancelled.completed_at
+        assert (await engine.store.outline(cancelled.run_id) or jumped).completed_at == cancelled.completed_at
     ended: list[tuple[datetime, datetime | None]] = [(each.started_at, each.completed_at) for each in calls]
     ended += [(step.started_at, step.completed_at) for step in jumped.steps]
     ended += [(run.created_at, run.completed_at) for run in (jumped, cancelled)]

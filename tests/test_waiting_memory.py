@@ -50,6 +50,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), re
 FLOCK = """
 import anyio
 from flock.core import Flock
+from flock.runs import RunContext
 
 flock = Flock("waiting")
 
@@ -61,6 +62,12 @@ async def nap(seconds: float, text: str = "") -> str:
 @flock.agent
 async def long(n: int) -> str:
     return "x" * n
+
+@flock.agent
+async def asks(context: RunContext, questions: int) -> None:
+    async with anyio.create_task_group() as tasks:
+        for number in range(questions):
+            tasks.start_soon(context.ask, f"{number} " + "x" * 7000, bool)
 """
 RUNS = 40
 RUN_BYTES = 1_000_000
@@ -137,6 +144,51 @@ def test_a_queued_synchronous_request_does_not_hold_its_body(script: Path, tmp_p
             while waiting(server) <= number:
                 pass
         assert memory_kib(server) - idle_kib < MAX_GROWTH_KIB
+
+
+async def load(server: Server, count: int, agent_name: str, inputs: Any, end: str) -> None:
+    """Send *count* runs at once. Return when all have the status *end*."""
+    run = {"agent_name": agent_name, "inputs": inputs, "async_run": True}
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=50)
+    ) as client:
+
+        async def send() -> None:
+            assert (await client.post("/run/flock", json=run)).status_code == 202
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(send)
+        with anyio.fail_after(PATIENCE_S):
+            for status in ("starting", "running"):
+                while (await client.get(f"/runs?status={status}")).json()["runs"]:  # noqa: ASYNC110 - no event for it
+                    await anyio.sleep(0.2)
+        page = (await client.get(f"/runs?agent_name={agent_name}&limit=1000")).json()["runs"]
+        assert {run["status"] for run in page} == {end}
+
+
+@needs_proc
+@pytest.mark.slow
+def test_waiting_runs_use_no_memory_and_what_is_freed_is_given_back(script: Path, tmp_path: Path) -> None:
+    """A server keeps 40 MB of the 130 that it kept before: free pools of Python's allocator, for the next runs."""
+    with serving(script, tmp_path) as server:
+        idle_kib = memory_kib(server)
+        anyio.run(load, server, 20, "asks", {"questions": 800}, "waiting")
+        until = time.monotonic() + PATIENCE_S
+        while (kept_kib := memory_kib(server) - idle_kib) > 80 * 1024 and time.monotonic() < until:
+            time.sleep(0.5)  # memory has no event
+        assert kept_kib <= 80 * 1024, kept_kib
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_second_load_takes_no_more_memory_than_the_first(script: Path, tmp_path: Path) -> None:
+    """What 1,000 runs at once leave, about 20 MB of free pools of Python's allocator, is used by the next ones."""
+    with serving(script, tmp_path, "--max-queue", "2000") as server:
+        anyio.run(load, server, 1000, "nap", nap(0, 0), "completed")
+        loaded_kib = memory_kib(server)
+        anyio.run(load, server, 1000, "long", {"n": 0}, "completed")
+        assert memory_kib(server) - loaded_kib < 8 * 1024
 
 
 LONG_RESULT = 8_000_000

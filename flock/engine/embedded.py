@@ -197,7 +197,7 @@ class EmbeddedEngine(EngineBase):
             self._runner, self._batches, self._agents, self._flock, self._engine_id, self._start, self._start_task
         )
         self._relay = Relay(self, self.store, self._engine_id, self._start_task)
-        self._retention = Retention(self.store, self._flock, self._limits)
+        self._retention = Retention(self.store, self._flock, self._limits, self._runner.active)
 
     async def __aenter__(self) -> Self:
         self._check_not_entered()
@@ -510,9 +510,10 @@ class EmbeddedEngine(EngineBase):
                     reopened = await self.store.reopen(run, self._limits.queue, retry, self._start)
             elif await self.store.batches.reopen_item(run, retry, self._batches.start):
                 reopened = await self.get_outline(run_id)
+            if reopened is None:
+                run = await self.get_outline(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
-            run = await self.get_outline(run_id)
             raise run_not_retried(run_id, run.status, batch)
         audit("run.retried", "retried it", fields_of_run(reopened), None if by is None else by.name)
         return reopened
@@ -610,6 +611,19 @@ class EmbeddedEngine(EngineBase):
 
     # Background tasks
 
+    async def _save_progress(self, at: float, share: FairShare) -> None:
+        """Store the progress of all runs that have reported some, and wake those that wanted to be by *at*."""
+        for active in list(self._runner.active.values()):
+            await share.checkpoint()
+            # After its step, a newer record is already being written, which must not be replaced by this one.
+            is_changed = active.progress is not active.run.progress or active.spent is not active.run.spent
+            if active.context is not None and is_changed:
+                active.update(replace(active.run, progress=active.progress, **active.costs))
+                self.store.save_nowait(active.run)
+            if at >= active.wake_at:
+                active.wake_at = math.inf
+                active.wake()
+
     async def _watch(self) -> None:
         """Watch for changes by other engines, and for dead engines. An iteration takes microseconds."""
         self._runner.watch_task = current_task()
@@ -617,16 +631,7 @@ class EmbeddedEngine(EngineBase):
         while True:
             await anyio.sleep(WATCH_INTERVAL_S)
             at, share = anyio.current_time(), FairShare()
-            for active in list(self._runner.active.values()):
-                await share.checkpoint()
-                # After its step, a newer record is already being written, which must not be replaced by this one.
-                is_changed = active.progress is not active.run.progress or active.spent is not active.run.spent
-                if active.context is not None and is_changed:
-                    active.update(replace(active.run, progress=active.progress, **active.costs))
-                    self.store.save_nowait(active.run)
-                if at >= active.wake_at:
-                    active.wake_at = math.inf
-                    active.wake()
+            await self._save_progress(at, share)
             self._runner.unread.drop_expired()
             self._runner.quarantine.check()
             self.store.flush_nowait()
