@@ -186,6 +186,7 @@ from flock.runs import (
     spent_with,
     started_id,
     statuses_of,
+    steady_now,
     stub_of,
     valid_traceparent,
 )
@@ -489,6 +490,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
         print(one_line(safe_text(item.error)), [step.usage for step in item.steps], len(list(events_after(item))))
         print(for_terminal(f"{item.value}{of_request(item.request_id)}"), list(events_after(item, end_id(1))))
     make_ids_after(run.run_id)
+    assert_type(steady_now()(), datetime)
     assert_type(run_in(run, next(iter(events_after(run)))), Run)
     assert_type(valid_traceparent("00-"), str | None)
     return run.progress
