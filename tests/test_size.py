@@ -18,7 +18,7 @@ BUDGETS = {
     "flock": 2441,
     "flock/agents": 2888,
     "flock/command": 2465,
-    "flock/engine": 3095,
+    "flock/engine": 3108,
     "flock/models": 2812,
     "flock/protocols": 2336,
     "flock/rows": 1249,

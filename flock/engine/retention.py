@@ -1,5 +1,6 @@
 """Retention: old runs and batches are deleted, and memory that was freed is given back."""
 
+import gc
 import logging
 from collections import Counter
 from collections.abc import Sized
@@ -27,6 +28,8 @@ def _give_back() -> None:
     """Give freed memory back to the system. The C library of GNU keeps what lies below a block that is in use."""
     import ctypes  # 0.3 MB
 
+    if gc.get_freeze_count():  # the server's own objects are not visited; another host collects by its own thresholds
+        gc.collect()
     with suppress(AttributeError, TypeError):  # another C library, or Windows
         ctypes.CDLL(None).malloc_trim(0)
 
