@@ -11,6 +11,7 @@ from uuid import UUID
 
 import anyio
 import msgspec
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
@@ -74,7 +75,7 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
         query: Query | None = _without_parameters(type_)
         if query is not None:
             return query
-    sent = request.query_params.multi_items() if request.scope["query_string"] else []
+    sent = QueryParams(request.scope["query_string"]).multi_items()  # not kept with the request while it waits
     fields = _fields_of(type_)
     is_open, ignored = not type_.__struct_config__.forbid_unknown_fields, request.app.options.ignore_query
     sent = [(name, value) for name, value in sent if name in fields or not (is_open or name in ignored)]
@@ -144,7 +145,7 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
 
     Raises: the error of *waiting*; HTTPException 400 if the client disconnects, which ends the handler.
     """
-    failure: Exception = HTTPException(400, "The client disconnected before the response.")
+    failure: Exception | None = None
     #: ends the task without an exception: a task group makes a cycle of that of a cancelled task
     watching = anyio.CancelScope()
 
@@ -163,7 +164,7 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
         finally:
             watching.cancel()
     try:
-        raise failure
+        raise failure or HTTPException(400, "The client disconnected before the response.")
     finally:
         del failure  # its traceback refers to this frame
 
