@@ -623,8 +623,9 @@ def tune_gc() -> None:
 
     A collection visits the new objects of the requests that are open, and holds the event loop: for about 7 ms if they
     are 4,000. So the young ones are collected after 2,000, more than most loads have open. With a threshold of 0, each
-    second collection also has those of the one before. What ends leaves few cycles, so all objects are collected rarely, and while the server is idle.
-    Only for a process that is nothing but a server. It makes short runs a tenth faster.
+    second collection also has those of the one before. What ends leaves few cycles, so all objects are collected
+    rarely, and while no run is active. Only for a process that is nothing but a server. It makes short runs a tenth
+    faster.
     """
     gc.collect()
     gc.freeze()
