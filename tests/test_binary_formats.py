@@ -175,6 +175,33 @@ async def test_parts_of_a_workbook_that_unpack_to_too_much_are_refused(monkeypat
         await read("xlsx", bomb("xl/styles.xml"))
 
 
+@pytest.mark.parametrize(
+    ("part", "tag"),
+    [
+        ("xl/styles.xml", b"<xf/>"),
+        ("xl/sharedStrings.xml", b"<si/>"),
+        ("xl/worksheets/sheet1.xml", b"<c/>"),
+        ("[Content_Types].xml", b"<Override/>"),
+    ],
+)
+async def test_a_workbook_of_empty_elements_is_refused(part: str, tag: bytes) -> None:
+    """10 KB of them took up to 58 s of processor time and 1.1 GB."""
+    content = made_by_excel(lambda book, sheet: sheet.write_column(0, 0, ["text", "a"]))
+    source, file = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name) + (tag * 300_000 if name == part else b""))
+    assert len(file.getvalue()) < 15_000
+    with pytest.raises(TooLarge, match=r"300,.* XML tags, too many for its size\. Save the table as CSV"):
+        await read("xlsx", file.getvalue())
+
+
+async def test_a_sheet_of_equal_cells_is_no_bomb() -> None:
+    """It has three times as many tags as a small part may have."""
+    rows = await read("xlsx", excel([["text", "n"], *[["a", 1]] * 40_000]))
+    assert (len(rows), rows[-1][1]) == (40_000, {"text": "a", "n": 1})
+
+
 async def test_a_sheet_that_claims_to_be_huge_is_read_as_it_is() -> None:
     source, file = zipfile.ZipFile(io.BytesIO(excel([["text"], ["a"]]))), io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
@@ -285,6 +312,43 @@ async def test_a_list_of_parquet_has_no_more_values_than_a_row_group_may_have_by
     monkeypatch.setattr(binary, "MAX_GROUP_BYTES", 1_000_000)
     with pytest.raises(TooLarge, match="Row group 0 unpacks to"):
         await read("parquet", content)
+
+
+def varint(value: int, length: int) -> bytes:
+    """Return a positive number as Thrift writes it, in so many bytes."""
+    bits = value << 1
+    return bytes((bits >> 7 * place & 127) | (128 if place < length - 1 else 0) for place in range(length))
+
+
+async def test_the_pages_of_parquet_are_counted_and_its_footer_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 14 KB took 400 MB."""
+    file = io.BytesIO()
+    table = pyarrow.table({"n": pyarrow.array([0] * 500_000, pyarrow.int64())})
+    pq.write_table(table, file, compression="zstd", use_dictionary=False)
+    group = pq.read_metadata(file).row_group(0)
+    content = file.getvalue()
+    for size in (group.total_byte_size, group.column(0).total_uncompressed_size):
+        assert size > 4_000_000
+        content = content.replace(varint(size, 4), varint(1000, 4))
+    lying = pq.read_metadata(io.BytesIO(content)).row_group(0)
+    assert (lying.total_byte_size, len(content) < 14_000) == (1000, True)
+    monkeypatch.setattr(binary, "MAX_GROUP_BYTES", 3_000_000)
+    with pytest.raises(TooLarge, match="Row group 0 unpacks to 40"):
+        await read("parquet", content)
+
+
+@pytest.mark.parametrize(
+    ("at", "header", "problem"),
+    [
+        (4, b"\x19", "the header of a page has a field of type 9"),
+        (7, b"\x01", "a page has a negative size"),
+        (5, b"\xff" * 11, "a number in the header of a page is too long"),
+    ],
+)
+async def test_a_page_of_parquet_with_an_invalid_header_is_named(at: int, header: bytes, problem: str) -> None:
+    content = parquet([{"text": "a"}])
+    with pytest.raises(InvalidData, match=f"This is not a valid parquet file, or it was cut short: {problem}"):
+        await read("parquet", content[:at] + header + content[at + len(header) :])
 
 
 async def test_delta_encoded_text_of_parquet_is_refused() -> None:

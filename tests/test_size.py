@@ -21,7 +21,7 @@ BUDGETS = {
     "flock/engine": 3108,
     "flock/models": 2812,
     "flock/protocols": 2336,
-    "flock/rows": 1249,
+    "flock/rows": 1291,
     "flock/runs": 1499,
     "flock/steps": 3618,
     "flock/store": 3593,

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection,
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
-from zipfile import ZipInfo
+from zipfile import ZipFile, ZipInfo
 
 import anyio.to_thread
 import msgspec
@@ -27,6 +27,8 @@ MAX_PARTS_BYTES = {"worksheet": 1024 * 1024 * 1024, "sharedStrings": 64 * 1024 *
 #: Max ratio of the size of a part and its compressed size. It applies only above the second one. And the max unpacked
 #: size of a row group of Parquet, in which each value is counted once.
 MAX_RATIO, MIN_UNPACKED_BYTES, MAX_GROUP_BYTES = 100, 16 * 1024 * 1024, 256 * 1024 * 1024
+#: Max XML tags of a part for each byte of its compressed size. It applies only above the second one.
+MAX_TAG_RATIO, MIN_TAGS = 20, 100_000
 #: Folders of an XLSX file that are not read.
 UNREAD = ("xl/media/", "xl/drawings/", "xl/charts/", "xl/embeddings/", "xl/pivotCache/", "customXml/")
 #: Limits of Excel. Its numbers have integers exactly up to the last one.
@@ -92,10 +94,10 @@ def _excel_records(file: IO[bytes]) -> Iterator[Record]:
     from openpyxl.reader.excel import ExcelReader
 
     reader = ExcelReader(file, read_only=True, data_only=True, keep_links=False)
-    _check_unpacked([reader.archive.getinfo("[Content_Types].xml")], {})
+    _check_parts(reader.archive, [reader.archive.getinfo("[Content_Types].xml")], {})
     reader.read_manifest()
     types = {part.PartName.lstrip("/"): part.ContentType for part in reader.package.Override}
-    _check_unpacked(reader.archive.infolist(), types)
+    _check_parts(reader.archive, reader.archive.infolist(), types)
     reader.read()
     sheet, width, last = reader.wb.worksheets[0], 0, 0
     sheet.reset_dimensions()  # a file may claim any
@@ -111,8 +113,11 @@ def _excel_records(file: IO[bytes]) -> Iterator[Record]:
             yield line, [*map(_cell, values[:width]), *[""] * -more, *[values[-1]] * more]
 
 
-def _check_unpacked(parts: Collection[ZipInfo], types: Mapping[str, str]) -> None:
-    """Raise TooLarge if *parts* with these content types unpack to too much."""
+def _check_parts(archive: ZipFile, parts: Collection[ZipInfo], types: Mapping[str, str]) -> None:
+    """Raise TooLarge if *parts* with these content types unpack to too much.
+
+    Tags are counted, since each becomes an object, and a million of empty ones are packed to a few kilobytes.
+    """
     unpacked = Counter[str]()
     for part in parts:
         if part.file_size > max(MIN_UNPACKED_BYTES, MAX_RATIO * part.compress_size):
@@ -123,6 +128,12 @@ def _check_unpacked(parts: Collection[ZipInfo], types: Mapping[str, str]) -> Non
     for kind, max_bytes in MAX_PARTS_BYTES.items():
         if unpacked[kind] > max_bytes:
             raise TooLarge(f"This file unpacks to {unpacked[kind]} bytes of {kind}; the limit is {max_bytes}.")
+    for part in parts:
+        if not part.filename.startswith(UNREAD):
+            with archive.open(part) as file:
+                tags = sum(chunk.count(b"<") for chunk in iter(lambda: file.read(PIECE_BYTES), b""))
+            if tags > max(MIN_TAGS, MAX_TAG_RATIO * part.compress_size):
+                raise TooLarge(f"{part.filename} has {tags:,} XML tags, too many for its size. Save the table as CSV.")
 
 
 def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[Record]:
@@ -132,10 +143,11 @@ def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[Record]:
     metadata = read_metadata(file)
     leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
     for number in range(metadata.num_row_groups):
-        size = (group := metadata.row_group(number)).total_byte_size
+        size, group = 0, metadata.row_group(number)
         for place, leaf in enumerate(leaves):
             column = group.column(place)
-            size += 8 * column.num_values if leaf.max_repetition_level else 0  # a list is read as a whole
+            unpacked, values = _pages(file, column)
+            size += unpacked + (8 * values if leaf.max_repetition_level else 0)  # a list is read as a whole
             if any(encoding.startswith("DELTA") and "BYTE" in encoding for encoding in column.encodings):
                 raise InvalidData.of(f"The text in {leaf.path!r} is delta encoded. Write it with a dictionary.")
         if size > MAX_GROUP_BYTES:
@@ -154,6 +166,48 @@ def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[Record]:
                 parts += [part.slice(half), part.slice(0, half)]
             else:
                 raise row_too_long(row, max_row_bytes)
+
+
+def _pages(file: IO[bytes], column: Any) -> tuple[int, int]:
+    """Return what the pages of a column unpack to in bytes, and their values: by their headers, as a footer may lie."""
+    at = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
+    end, unpacked, values = at + column.total_compressed_size, 0, 0
+    while at < end:
+        file.seek(at)
+        page = _thrift(file)
+        if min(page[2], page[3]) < 0:
+            raise ValueError("a page has a negative size")
+        unpacked += page[2]
+        values += page.get(5, page.get(8, {})).get(1, 0)
+        at = file.tell() + page[3]
+    return unpacked, values
+
+
+def _thrift(file: IO[bytes]) -> dict[int, Any]:
+    """Read a struct in the compact protocol of Thrift. Return its integers and structs by the numbers of the fields."""
+    fields, number = dict[int, Any](), 0
+    while head := file.read(1)[0]:
+        number += head >> 4
+        if head & 15 == 12:
+            fields[number] = _thrift(file)
+        elif head & 15 == 8:
+            file.seek(_varint(file), 1)
+        elif head & 15 in (4, 5, 6):
+            value = _varint(file)
+            fields[number] = value >> 1 ^ -(value & 1)
+        elif head & 15 not in (1, 2):  # a boolean has no more bytes
+            raise ValueError(f"the header of a page has a field of type {head & 15}")
+    return fields
+
+
+def _varint(file: IO[bytes]) -> int:
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = file.read(1)[0]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+    raise ValueError("a number in the header of a page is too long")
 
 
 def _size(column: Any) -> int:
