@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flock import fair
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
-from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
+from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError
 from flock.formats import FORMATS
 from flock.rows.items import item_pages
 from flock.rows.results import results_as
@@ -624,6 +624,24 @@ async def test_retention_deletes_no_run_whose_result_is_being_sent(store: str) -
         await engine.delete_old()
         with pytest.raises(RunNotFound):
             await engine.get_run(answer.json()["run_id"])
+
+
+@pytest.mark.anyio
+async def test_a_refused_retry_reads_its_run_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of 15 MB takes 2 ms to read."""
+    work = Work()
+    async with work.flock.engine(store=store) as engine:
+        run = await end_of(engine, await engine.submit("last", {"text": "x", "result": ""}))
+        read, outline = list[str](), engine.store.outline
+
+        async def counted_outline(run_id: str) -> Run | None:
+            read.append(run_id)
+            return await outline(run_id)
+
+        monkeypatch.setattr(engine.store, "outline", counted_outline)
+        with pytest.raises(Conflict):
+            await engine.retry_run(run.run_id)
+        assert read == [run.run_id]
 
 
 @pytest.mark.anyio
