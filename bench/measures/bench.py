@@ -91,14 +91,14 @@ class Bench:
     def server(self, name: str) -> Server:
         if name not in self._servers:
             if name in (POWER, KEY_AND_METRICS):
-                shutil.copyfile(self._filled_store(), self.store_of(name))
+                shutil.copyfile(self._filled_store(PRINCIPAL if name == KEY_AND_METRICS else None), self.store_of(name))
             self._servers[name] = self._stack.enter_context(self.fresh(name, store=f"{name}.db"))
         return self._servers[name]
 
-    def _filled_store(self) -> Path:
-        path = self.store_of("filled")
+    def _filled_store(self, principal: str | None) -> Path:
+        path = self.store_of("filled" if principal is None else f"filled-for-{principal}")
         if not path.exists():
-            fill(path, self.effort.stored, PRINCIPAL)
+            fill(path, self.effort.stored, principal)
         return path
 
     def store_of(self, name: str) -> Path:
