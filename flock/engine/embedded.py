@@ -45,6 +45,7 @@ from flock.models.llm import ModelClient
 from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import (
+    NOT_LOADED,
     Account,
     Answer,
     AskedQuestion,
@@ -579,7 +580,7 @@ class EmbeddedEngine(EngineBase):
         Raises: RunNotFound, StoreError if *run* is a stub, whose results are only in the store.
         """
         result = run.result if position is None else run.steps[position].result
-        if result is None or (not run.is_stub and len(result) <= LONG_BYTES):
+        if result is None or (result != NOT_LOADED if run.is_stub else len(result) <= LONG_BYTES):
             return result
         if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
             position = None  # the last result is stored only once, as that of the run

@@ -305,7 +305,7 @@ class Engine(Protocol):
         """Return the current state of a run of *principal*; None means of any. Raises RunNotFound."""
 
     async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
-        """Like ``get_run``, but it may be a stub: its inputs and results are not read; see ``Run.is_stub``."""
+        """Like ``get_run``, but it may be a stub: its inputs and long results are not read; see ``Run.is_stub``."""
 
     async def get_state(self, run_id: str, principal: str | None = None) -> tuple[RunStatus, int]:
         """Return the status and the attempt of a run of *principal*, for which no result is read. Raises RunNotFound.

@@ -477,7 +477,7 @@ class Run(_Record, frozen=True, kw_only=True):
 
     @property
     def is_stub(self) -> bool:
-        """Whether its inputs and results are only in the store; see ``stub_of``."""
+        """Whether its inputs and long results are only in the store; see ``stub_of``."""
         return self.inputs is NOT_LOADED
 
     @property

@@ -222,7 +222,7 @@ def _insert_run(db: sqlite3.Connection, run: Run, last_step: bytes | None = None
 
 
 def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -> Run | None:
-    """Return a run, or its outline: a stub with ``{}`` for its inputs and results, which are not read.
+    """Return a run, or its outline: a stub with ``{}`` for its inputs and long results, which are not read.
 
     Raises Damaged if its row is damaged, unless the run has already failed because of the damage.
     """

@@ -37,8 +37,8 @@ def _columns_of_run(read: Collection[str], **instead: str) -> str:
 RUN_COLUMNS = ", ".join(RUN_TABLE)
 #: The columns of a row if only its beginning can be read. Its empty inputs mark it as damaged.
 SHORT_COLUMNS = _columns_of_run(HEAD, inputs="x''")
-#: The placeholder for a result that is not read, or NULL if there is no result.
-OUTLINED = "CASE typeof(result) WHEN 'blob' THEN x'7b7d' ELSE result END"
+#: NULL, a result of up to 1 KiB, or the placeholder for a longer one, which is not read.
+OUTLINED = "CASE WHEN typeof(result) = 'blob' AND length(result) > 1024 THEN x'7b7d' ELSE result END"
 OUTLINE_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"inputs", "extra", "client"}, result=OUTLINED)
 ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 
