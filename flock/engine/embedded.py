@@ -45,7 +45,6 @@ from flock.models.llm import ModelClient
 from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import (
-    NOT_LOADED,
     Account,
     Answer,
     AskedQuestion,
@@ -75,7 +74,7 @@ from flock.runs import (
     now,
     statuses_of,
 )
-from flock.runs.records import LONG_BYTES
+from flock.runs.records import LONG_BYTES, NOT_LOADED
 from flock.scopes import Signal, current_task, start_in_empty_context
 from flock.steps.answers import message_from
 from flock.steps.executor import StepExecutor
