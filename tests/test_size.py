@@ -20,7 +20,7 @@ BUDGETS = {
     "flock/command": 2465,
     "flock/engine": 3108,
     "flock/models": 2812,
-    "flock/protocols": 2336,
+    "flock/protocols": 2361,
     "flock/rows": 1291,
     "flock/runs": 1499,
     "flock/steps": 3618,

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
@@ -427,7 +428,8 @@ async def _events(
     Each status is that of its event. The run may be further by now, but the client has not seen that.
     """
     has_text, agents = False, orders.agents_of(call.request)
-    answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True)
+    slot = partial(orders.download_slot, call.request)
+    answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True, slot=slot)
 
     def update(kind: str, **content: Any) -> Mapping[str, Any]:
         return call.reply({kind: {**_ids(run), **content}})

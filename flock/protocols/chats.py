@@ -1,16 +1,17 @@
 """What protocols that look like a chat have in common: messages as the inputs of an agent, and its result as text."""
 
-from collections.abc import AsyncGenerator, Container, Iterable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, nullcontext, suppress
 from typing import Any, Literal, NamedTuple
 
+import anyio
 import msgspec
 from msgspec import inspect
 
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.agents.graph import graph_of
-from flock.errors import EngineStopped, FlockError, InvalidData
+from flock.errors import EngineStopped, FlockError, InvalidData, TooManyRequests
 from flock.files import MAGIC, MAX_FILES, UNKNOWN, is_file, media_type_in
 from flock.jsontype import MEMBERS, is_same_schema
 from flock.runs import Engine, Event, LongJSON, Question, Run
@@ -48,6 +49,11 @@ TEXTS = ("text", "input_text", "output_text")
 SEND_A_FILE = "Send a data URL (data:image/png;base64,…), or the file_id that POST /files returns."
 #: The events that ``StreamedAnswer`` passes on to clients to which it can show what a run does.
 SHOWN = ("call.started", "call.completed", "run.progress")
+
+#: Seconds until a stream whose caller has no free slot for its long text tries again.
+SLOT_S = 0.2
+
+Slot = Callable[[], AbstractContextManager[object]]
 
 
 class TextReplaced(FlockError):
@@ -338,10 +344,15 @@ class StreamedAnswer:
     Args:
         takes_back: the client can take text back, and shows more than text: it gets ``TakenBack`` and the events in
             SHOWN, and no text for a result that is not text.
+        slot: returns what is entered before a long text is read from the store, as soon as it raises no
+            TooManyRequests, and is left when ``pieces`` is closed: so the memory for clients that read nothing is
+            limited.
     """
 
-    def __init__(self, agents: Mapping[str, Agent], *, as_json: bool, takes_back: bool = False) -> None:
-        self._agents, self._as_json, self._takes_back = agents, as_json, takes_back
+    def __init__(
+        self, agents: Mapping[str, Agent], *, as_json: bool, takes_back: bool = False, slot: Slot = nullcontext
+    ) -> None:
+        self._agents, self._as_json, self._takes_back, self._slot = agents, as_json, takes_back, slot
         self._agent: Agent | None = None
         #: the agent that writes the answer now, and the field that is its text
         self._writer: str | None = None
@@ -356,7 +367,7 @@ class StreamedAnswer:
         Raises: TextReplaced, RunNotFound, StoreError; EngineStopped if the server stops before the end.
         """
         takes_back = self._takes_back
-        async with aclosing(events):
+        async with aclosing(events), AsyncExitStack() as held:
             async for event in events:
                 if event is None:
                     yield None
@@ -364,6 +375,12 @@ class StreamedAnswer:
                 added: str | Thought | TakenBack
                 try:
                     if event.name == "run.completed" and self._agent is not None and (self.is_text or not takes_back):
+                        while isinstance(event.data["result"], LongJSON):
+                            with suppress(TooManyRequests):
+                                held.enter_context(self._slot())
+                                break
+                            yield None
+                            await anyio.sleep(SLOT_S)
                         whole = await _whole_text(self._agent, event.data["result"], as_json=self._as_json)
                         added = self._text.end(whole)
                     else:

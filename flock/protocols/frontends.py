@@ -5,6 +5,7 @@ The history is that of the session. From a client, only the user's last message 
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -222,7 +223,8 @@ class _ShownRun:
     def __init__(self, request: Request, engine: Engine, run: Run, begun: set[str], ended: set[str]) -> None:
         self._request, self._engine, self._run = request, engine, run
         self._known, self._arguments = {CallBegun: begun, CallEnded: ended, SubAgent: {*ended}}, dict[str, Any]()
-        self._answer = chats.StreamedAnswer(orders.agents_of(request), as_json=False, takes_back=True)
+        agents, slot = orders.agents_of(request), partial(orders.download_slot, request)
+        self._answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True, slot=slot)
 
     async def parts(self, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[Any, None]:
         """Yield texts, ``Thought``, ``TakenBack``, what is defined above, None, ``run.progress`` and one of ENDS.

@@ -3,7 +3,8 @@
 This module has the routes, the errors, models and chat completions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -113,7 +114,8 @@ async def chat(request: Request) -> Response:
         stream = await orders.stream(request, wanted, reasoning=sent.include_reasoning is not False)
         has_usage = sent.stream_options is not None and sent.stream_options.include_usage is True
         writer = _Writer(engine, stream.accepted.run, has_usage=has_usage)
-        return stream.response(parts.written(stream, chats.StreamedAnswer(agents, as_json=as_json), writer))
+        answer = chats.StreamedAnswer(agents, as_json=as_json, slot=partial(orders.download_slot, request))
+        return stream.response(parts.written(stream, answer, writer))
     has_thoughts = sent.include_reasoning is True
     with orders.watched(engine, wanted, is_wanted=has_thoughts) as run_id:
         run = (await orders.accept(request, wanted, run_id)).run
@@ -176,18 +178,19 @@ class _Writer:
     def piece(self, piece: str | chats.Thought) -> bytes:
         return self._chunk(content=piece) if isinstance(piece, str) else self._chunk(reasoning_content=piece.text)
 
-    async def end(self, event: Event) -> bytes:
+    async def end(self, event: Event) -> AsyncGenerator[bytes, None]:
         if event.name in ("run.failed", "run.cancelled"):
-            return self.error(event.data["error"], event.data["error_type"])
-        chunks, finish_reason = b"", "stop"
+            yield self.error(event.data["error"], event.data["error_type"])
+            return
+        finish_reason = "stop"
         if event.name == "run.waiting":
             content, finish_reason = _asked(self._run_id, event.data["waiting_for"])
-            chunks = self._chunk(**content)
-        chunks += self._chunk(finish_reason)
+            yield self._chunk(**content)
+        yield self._chunk(finish_reason)
         if self._has_usage:
             usage = parts.usage_of((await self._engine.get_outline(self._run_id)).usage, "prompt", "completion")
-            chunks += sent_event({**self._head, "choices": [], "usage": usage})
-        return chunks + DONE
+            yield sent_event({**self._head, "choices": [], "usage": usage})
+        yield DONE
 
     def error(self, message: str | None, code: str | None) -> bytes:
         return sent_event(_failure(message, code, self._run_id))

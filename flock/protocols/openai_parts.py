@@ -224,13 +224,16 @@ async def answers_in(engine: Engine, answers: Mapping[str, msgspec.Raw], at: str
 
 
 async def written(stream: orders.Stream, answer: StreamedAnswer, writer: Any) -> AsyncGenerator[bytes, None]:
-    """Yield the body of a stream: what *writer* returns for its start, each piece, and its end or error."""
+    """Yield the body of a stream: what *writer* makes of its start, each piece, and its end or error."""
     yield writer.begin() or KEEP_ALIVE
     try:
         async with aclosing(answer.pieces(stream.events)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Event):
-                    yield await writer.end(piece)
+                    async with aclosing(writer.end(piece)) as events:
+                        async for event in events:
+                            if event:
+                                yield event
                 else:
                     yield (piece and writer.piece(piece)) or KEEP_ALIVE
     except FlockError as exc:

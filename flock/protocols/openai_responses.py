@@ -9,7 +9,8 @@ import contextlib
 import logging
 import re
 import zlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import anyio
@@ -500,7 +501,8 @@ def _streamed(
     request: Request, engine: Engine, stream: orders.Stream, reply: Reply, sent: ResponseRequest | None, after: int = -1
 ) -> Response:
     """Return the stream of a run that was accepted. It never raises, so the slot of *stream* is always released."""
-    answer = chats.StreamedAnswer(orders.agents_of(request), as_json=reply.place.as_json)
+    slot = partial(orders.download_slot, request)
+    answer = chats.StreamedAnswer(orders.agents_of(request), as_json=reply.place.as_json, slot=slot)
     content = parts.written(stream, answer, _Writer(engine, reply, sent, after))
 
     async def cut_off() -> None:
@@ -571,10 +573,11 @@ class _Writer:
         return events
 
     def _thoughts_done(self) -> bytes:
-        return b"".join(self._closed(0, item) for item in _thinking(self._reply.place, "".join(self._thoughts)))
+        thoughts = _thinking(self._reply.place, "".join(self._thoughts))
+        return b"".join(event for item in thoughts for event in self._closed(0, item))
 
-    async def end(self, event: Event) -> bytes:
-        """Return the last events, and delete a run with ``store: false`` that has ended.
+    async def end(self, event: Event) -> AsyncGenerator[bytes, None]:
+        """Yield the last events, and delete a run with ``store: false`` that has ended. The events may be long.
 
         Raises: TextReplaced, RunNotFound, StoreError.
         """
@@ -586,17 +589,19 @@ class _Writer:
         answer = [_message(reply.place.id[5:], "assistant", "".join(self._text))] if is_completed or self._text else []
         thoughts = _thinking(reply.place, "".join(self._thoughts))
         output = [*thoughts, *answer, *_asked(reply.place, reply.questions)]
-        events = b"" if self._text else self._thoughts_done()
+        if not self._text:
+            yield self._thoughts_done()
         self._number = (self._length + 1) << CHECK_BITS
         for at, item in enumerate(output[len(thoughts) :], len(thoughts)):
-            events += b"" if item in answer and self._text else self._opened(at, item)
-            events += b"" if item in answer or item["type"] not in TEXTS else self._delta(at, item, _text_of(item))
-            events += self._closed(at, item)
+            yield b"" if item in answer and self._text else self._opened(at, item)
+            yield b"" if item in answer or item["type"] not in TEXTS else self._delta(at, item, _text_of(item))
+            for closed in self._closed(at, item):
+                yield closed
         response = _response(reply, output, self._sent)
         name = response["status"] if response["status"] in ("completed", "incomplete") else "failed"
         if self._sent is not None and self._sent.store is False and run.status.is_final:
             await _forget(self._engine, run.run_id)
-        return events + self._event(f"response.{name}", response=response)
+        yield self._event(f"response.{name}", response=response)
 
     def error(self, error: str, code: str) -> bytes:
         message = chats.failure_text(error, self._reply.run.run_id)
@@ -615,15 +620,14 @@ class _Writer:
     def _delta(self, at: int, item: JSON, text: str) -> bytes:
         return self._about(f"{TEXTS[item['type']][2]}.delta", at, item, delta=text)
 
-    def _closed(self, at: int, item: JSON) -> bytes:
-        """Return the events that an item ends with, after its text."""
-        events = b""
+    def _closed(self, at: int, item: JSON) -> Iterator[bytes]:
+        """Yield the events that an item ends with, after its text."""
         if item["type"] in TEXTS:
             member, part, name = TEXTS[item["type"]]
             whole = {"text": _text_of(item)} if part else {member: item[member], "name": item["name"]}
-            events = self._about(f"{name}.done", at, item, **whole)
-            events += self._about(f"{part}.done", at, item, part=item[member][0]) if part else b""
-        return events + self._event("response.output_item.done", output_index=at, item=item)
+            yield self._about(f"{name}.done", at, item, **whole)
+            yield self._about(f"{part}.done", at, item, part=item[member][0]) if part else b""
+        yield self._event("response.output_item.done", output_index=at, item=item)
 
     def _about(self, event: str, at: int, item: JSON, **data: Any) -> bytes:
         member, part, _ = TEXTS[item["type"]]
